@@ -1,0 +1,143 @@
+"""From pairs and crawled pictures to records: one a picture, with its texts and all its queries, in the order
+of keys.
+
+Pictures that are equal byte for byte (sha256) become one record: that of the first URL in sorted order, into
+which the queries of the others are merged (a query's shows and clicks add up). Nothing else of the others is
+kept, and no query whose URL's labels belong to another split: the texts of a held-out concept must not reach
+the training.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ibis
+import ibis.expr.types as ir
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+KEY_DIGITS = 20  # hexadecimal digits of the URL's sha256: 80 bits, no collision to fear among billions
+
+
+@dataclass(frozen=True)
+class Languages:
+    """What a text's script says about its language: codes for texts of Han characters, and for all others."""
+
+    han: str = "zh"
+    other: str = "en"
+
+    def of(self, text: str) -> str:
+        """`han` if any character is Han, and `other` if none is."""
+        return self.han if any("\u3400" <= c <= "\u9fff" or c >= "\U00020000" for c in text) else self.other
+
+
+def read_records(crawl_out: Path, scratch: Path) -> tuple[Iterator[dict[str, Any]], int, pa.Table]:
+    """Records in the order of their keys, as a stream; how many there are; and the duplicates (url, kept_url,
+    sha256).
+
+    Everything is joined and sorted by DuckDB, which spills to disk, into the file `scratch`; that is then
+    streamed. A record has key, url, title, content, sha256, width, height, tar, offset, bytes, and queries: a
+    list of text, url (of the equal picture that it came from), show, click in the order of texts and URLs.
+    """
+    connection = ibis.duckdb.connect()
+    pictures = connection.read_parquet(crawl_out / "pictures.parquet")
+    pairs = connection.read_parquet(crawl_out / "pairs.parquet")
+    fetched = pictures.filter(pictures.status == "ok")
+    fetched = fetched.mutate(kept_url=fetched.url.min().over(group_by=fetched.sha256))
+    kept = fetched.filter(fetched.url == fetched.kept_url)
+    kept = kept.mutate(key=kept.url.hexdigest("sha256").left(KEY_DIGITS))
+    duplicates = (
+        fetched.filter(fetched.url != fetched.kept_url).select("url", "kept_url", "sha256").order_by("url")
+    )
+    records = (
+        kept.left_join(_pages(pairs), "url")
+        .left_join(_queries(pairs, fetched), "kept_url")
+        .select(
+            "key", "url", "title", "content", "sha256", "width", "height", "tar", "offset", "bytes", "queries"
+        )
+        .order_by("key")
+    )
+    count = int(connection.execute(kept.count()))
+    connection.to_parquet(records, scratch)
+    return _stream(scratch), count, connection.to_pyarrow(duplicates)
+
+
+def _pages(pairs: ir.Table) -> ir.Table:
+    """Title and content of each URL, from its row with the most shows; ties go to the smaller texts."""
+    best = ibis.row_number().over(
+        group_by=pairs.url, order_by=[pairs.show.desc(), pairs.title, pairs.content]
+    )
+    first = pairs.mutate(place_=best)
+    return first.filter(first.place_ == 0).select("url", "title", "content")
+
+
+def _queries(pairs: ir.Table, fetched: ir.Table) -> ir.Table:
+    """Each kept URL's queries, with those of the equal pictures, as one list."""
+    asked = pairs.filter(pairs["query"].fill_null("") != "")
+    joined = asked.join(fetched.select("url", "kept_url"), "url")
+    one = ibis.struct(
+        {"text": joined["query"], "url": joined.url, "show": joined.show, "click": joined.click}
+    )
+    return joined.group_by("kept_url").agg(queries=one.collect(order_by=[joined["query"], joined.url]))
+
+
+def _stream(path: Path) -> Iterator[dict[str, Any]]:
+    with pq.ParquetFile(path) as file:
+        batches = file.iter_batches(batch_size=1000)
+        yield from _rows(batches)
+
+
+def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        for row in batch.to_pylist():
+            row["queries"] = row["queries"] or []
+            yield row
+
+
+def merge_queries(
+    queries: list[dict[str, Any]], belongs: Callable[[str], bool]
+) -> tuple[list[dict[str, Any]], int]:
+    """Queries of the URLs that `belongs` accepts, equal texts added up; and how many it refused."""
+    merged: dict[str, dict[str, Any]] = {}
+    refused = 0
+    for query in queries:
+        if not belongs(query["url"]):
+            refused += 1
+            continue
+        found = merged.setdefault(query["text"], {"text": query["text"], "show": 0, "click": 0})
+        found["show"] += query["show"]
+        found["click"] += query["click"]
+    return list(merged.values()), refused
+
+
+def record_json(
+    row: dict[str, Any], labels: dict[str, str], split: str, licence: str, languages: Languages
+) -> dict[str, Any]:
+    """What a shard's <key>.json holds. show and click are sums over the queries; ctr is null without any."""
+    queries = [
+        {"text": q["text"], "lang": languages.of(q["text"]), **_rates(q["show"], q["click"])}
+        for q in row["queries"]
+    ]
+    show, click = (sum(int(q[name]) for q in row["queries"]) for name in ("show", "click"))
+    title, content = row["title"] or "", row["content"] or ""
+    return {
+        "key": row["key"],
+        "title": title,
+        "content": content,
+        "queries": queries,
+        "captions": [],
+        "lang": languages.of(title or content),
+        **_rates(show, click),
+        "url": row["url"],
+        "sha256": row["sha256"],
+        "width": row["width"],
+        "height": row["height"],
+        "labels": labels,
+        "licence": licence,
+        "split": split,
+    }
+
+
+def _rates(show: int, click: int) -> dict[str, float | int | None]:
+    return {"show": int(show), "click": int(click), "ctr": click / show if show else None}

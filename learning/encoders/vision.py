@@ -1,0 +1,165 @@
+"""The vision tower: any timm backbone by name, giving its tokens unpooled (COOKIE, Sec. III-A a)."""
+
+import difflib
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from learning.encoders.batch_norm import make_global
+from learning.encoders.weights import load_by_name, load_by_order, read_weights
+
+BatchNorm = Literal["local", "global", "frozen"]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class VisionConfig(BaseModel):
+    """The recipe's `model.vision` section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="a timm model: resnet101, resnext101_32x8d, vit_base_patch16_224, …")
+    weights: Path | None = Field(
+        default=None, description="local .safetensors or .pth file; null: from scratch"
+    )
+    key_order: bool = Field(default=False, description="fit by the order of the tensors, not their names")
+    image_px: int = Field(default=512, ge=16, description="side of the square that images become, pixels")
+    mean: tuple[float, float, float] = Field(
+        default=IMAGENET_MEAN, description="of the pixels (0-1), by channel"
+    )
+    std: tuple[float, float, float] = Field(
+        default=IMAGENET_STD, description="of the pixels (0-1), by channel"
+    )
+    batch_norm: BatchNorm = Field(
+        default="local",
+        description="statistics of a rank's batch, of the global one, or the stored ones for ever",
+    )
+    output_stride: Literal[8, 16, 32] | None = Field(
+        default=None, description="pixels a token, for CNNs that timm can dilate; null: the model's own"
+    )
+    trainable: bool = Field(
+        default=True, description="false: the backbone keeps its weights and its statistics"
+    )
+    frozen: tuple[str, ...] = Field(
+        default=(), description="timm's names of parts that keep both, say conv_stem; the rest learns"
+    )
+
+
+class VisionEncoder(nn.Module):
+    """(b, 3, h, w) images to (b, n, `width`) tokens, n = `tokens`, of a timm backbone without its classifier.
+
+    A CNN's map is read row by row; a ViT gives its patches, and the tokens before them ([CLS]) first.
+    Raises ValueError for a name that timm has not (with near ones), and for weights that do not fit.
+    """
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.backbone = _create(config)
+        self.channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+        self.tokens, self.width = self._shape()
+        if config.weights is not None:
+            self._load(config.weights)
+        if config.batch_norm == "global":
+            make_global(self.backbone)
+        if not config.trainable:
+            self.backbone.requires_grad_(False)
+        for part in self._frozen_parts():
+            part.requires_grad_(False)
+        self.train(self.training)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n v"]:
+        """The tokens; the images must have the side of `image_px`, as p_i in Eq. 1 has n rows."""
+        if images.shape[-1] != self.config.image_px or images.shape[-2] != self.config.image_px:
+            raise ValueError(
+                f"images of {images.shape[-2]}x{images.shape[-1]} px; "
+                f"model.vision.image_px is {self.config.image_px}"
+            )
+        dtype = next(self.backbone.parameters()).dtype
+        images = images.to(dtype).contiguous(memory_format=torch.channels_last)  # the faster layout for CNNs
+        learns = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        with nullcontext() if learns else torch.no_grad():
+            return self._flat(self.backbone(images))
+
+    def train(self, mode: bool = True) -> "VisionEncoder":
+        """As torch's; but a frozen backbone stays in evaluation mode, and so do frozen statistics."""
+        super().train(mode)
+        if not self.config.trainable:
+            self.backbone.eval()
+        elif self.config.batch_norm == "frozen":
+            # scale and shift still learn
+            for part in self.backbone.modules():
+                if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                    part.eval()
+        for part in self._frozen_parts():
+            part.eval()
+        return self
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        modules = dict(self.backbone.named_modules())
+        unknown = [name for name in self.config.frozen if name not in modules or not name]
+        if unknown:
+            tops = ", ".join(name for name, _ in self.backbone.named_children())
+            raise ValueError(
+                f"model.vision.frozen: {self.config.name} has no part '{unknown[0]}'; "
+                f"it has {tops}, and parts of them"
+            )
+        return [modules[name] for name in self.config.frozen]
+
+    def _flat(self, features: Tensor) -> Tensor:
+        if features.ndim == 3:
+            return features
+        if not self.channels_last:
+            features = features.permute(0, 2, 3, 1)
+        return features.flatten(1, 2)
+
+    def _shape(self) -> tuple[int, int]:
+        """Tokens and their width, found without computing: the backbone runs on the meta device."""
+        state = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
+        side = self.config.image_px
+        images = torch.empty(1, 3, side, side, device="meta")
+        training = self.backbone.training
+        self.backbone.eval()
+        with torch.no_grad():
+            there = {name: value.to("meta") for name, value in state.items()}
+            features = self._flat(torch.func.functional_call(self.backbone, there, (images,)))
+        self.backbone.train(training)
+        return features.shape[1], features.shape[2]
+
+    def _load(self, path: Path) -> None:
+        field = "model.vision.weights"
+        found = read_weights(path, field)
+        if self.config.key_order:
+            load_by_order(self.backbone, found, f"{field}: {path}")
+            return
+        preset: dict[str, Any] = getattr(self.backbone, "pretrained_cfg", None) or {}
+        named = preset.get("classifier") or ()
+        heads = (named,) if isinstance(named, str) else tuple(named)
+        load_by_name(self.backbone, found, [f"{head}." for head in heads], f"{field}: {path}")
+
+
+def _create(config: VisionConfig) -> nn.Module:
+    if not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name.split(".")[0], timm.list_models(), n=5, cutoff=0.5)
+        raise ValueError(
+            f"model.vision.name: '{config.name}' is not a timm model; near it: {', '.join(near) or 'none'}"
+        )
+    preset = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
+    options: dict[str, Any] = {"num_classes": 0, "global_pool": "", "pretrained": False}
+    if preset is not None and preset.fixed_input_size:
+        options["img_size"] = config.image_px
+    if config.output_stride is not None:
+        options["output_stride"] = config.output_stride
+    try:
+        return timm.create_model(config.name, **options)
+    except (TypeError, NotImplementedError, AssertionError) as error:
+        raise ValueError(
+            f"model.vision: timm cannot make {config.name} with {options}: {error}; "
+            "mind image_px and output_stride"
+        ) from error

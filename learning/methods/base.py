@@ -1,0 +1,116 @@
+"""What a method is: a module whose forward gives unweighted losses by name, and which embeds either side."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+ImageView = Literal["plain", "augmented"]
+TextView = Literal["plain", "augmented"]
+
+
+class MethodConfig(BaseModel):
+    """The recipe's `model` section. A method's own Config adds its fields and narrows `method`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    method: str
+
+
+@dataclass
+class Texts:
+    """Token ids and their mask (1 = token, 0 = padding), both (batch, length)."""
+
+    ids: Int64[Tensor, "b m"]
+    mask: Int64[Tensor, "b m"]
+
+    def to(self, device: torch.device) -> "Texts":
+        return Texts(self.ids.to(device), self.mask.to(device))
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch. `images` and `texts` hold the views that the method asked for."""
+
+    images: dict[str, Float[Tensor, "b 3 h w"]]
+    texts: dict[str, Texts]
+    keys: list[str]  # sample keys, for the ledger and for errors
+    # What a frozen image tower gave for a view, which `images` then lacks (data.cache: tokens)
+    tokens: dict[str, Float[Tensor, "b n v"]] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(
+            {name: image.to(device) for name, image in self.images.items()},
+            {name: text.to(device) for name, text in self.texts.items()},
+            self.keys,
+            {name: tokens.to(device) for name, tokens in self.tokens.items()},
+        )
+
+
+@dataclass
+class Terms:
+    """Scalars of one step: `losses`, unweighted, are summed by the recipe's weights; `report` is shown."""
+
+    losses: dict[str, Float[Tensor, ""]]
+    report: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of a sample that a method wants, by name, and how each is made."""
+
+    images: Mapping[str, ImageView]
+    texts: Mapping[str, TextView]
+
+
+class Method(nn.Module, ABC):
+    """One paper. `losses` are the names of the losses to compute (the keys of the recipe's weights)."""
+
+    available_losses: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, losses: tuple[str, ...]):
+        super().__init__()
+        unknown = [name for name in losses if name not in self.available_losses]
+        if unknown:
+            raise ValueError(
+                f"losses: {', '.join(map(repr, unknown))} is not a loss of {type(self).__name__}; "
+                f"allowed: {', '.join(self.available_losses)}"
+            )
+        self.losses = tuple(losses)
+
+    @abstractmethod
+    def views(self) -> Views:
+        """The views that `forward` reads, given the losses it computes."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Terms:
+        """Unweighted losses; its keys equal `self.losses`. Features are gathered over ranks with gradient."""
+
+    @abstractmethod
+    def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Unit-length image embeddings."""
+
+    @abstractmethod
+    def embed_texts(self, texts: Texts) -> Float[Tensor, "b d"]:
+        """Unit-length text embeddings."""
+
+    def frozen_image_tower(self) -> nn.Module | None:
+        """Images (b, 3, h, w) → tokens (b, n, v), if it never learns: `forward` reads Batch.tokens."""
+        return None
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by part (`vision`, `text`, `fusion`, …): for plans and learning rates."""
+        grouped: dict[str, list[nn.Parameter]] = {}
+        for name, child in self.named_children():
+            grouped[name] = [p for p in child.parameters() if p.requires_grad]
+        own = [p for p in self.parameters(recurse=False) if p.requires_grad]
+        if own:
+            grouped["other"] = own
+        return {name: parameters for name, parameters in grouped.items() if parameters}
+
+    def after_step(self) -> None:
+        """Called once after each optimizer step that was not skipped."""

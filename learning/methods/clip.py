@@ -1,0 +1,103 @@
+"""The baseline: two towers, pooled, projected and contrasted (Radford et al. 2021)."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from pydantic import Field
+from torch import Tensor, nn
+
+from learning.encoders.pooling import Pooling, make_pooling
+from learning.encoders.text import TextConfig, TextEncoder
+from learning.encoders.vision import VisionConfig, VisionEncoder
+from learning.losses.contrastive import hardest_negative_hinge, info_nce, matching_accuracy
+from learning.losses.temperature import Temperature, TemperatureConfig
+from learning.methods.base import Batch, ImageView, Method, MethodConfig, Terms, Texts, TextView, Views
+from learning.training.distributed import gather
+
+
+class Config(MethodConfig):
+    """The recipe's `model` section for the baseline."""
+
+    method: Literal["clip"] = "clip"
+    vision: VisionConfig
+    text: TextConfig
+    dimension: int = Field(default=512, ge=1, description="of the common space")
+    # Differs from the paper: CLIP pools by attention or [CLS] and [EOS]; here any tower is pooled by one
+    # rule.
+    pooling: Pooling = "mean"
+    temperature: TemperatureConfig = TemperatureConfig(learnable=True)
+    hinge_margin: float = Field(default=0.2, ge=0, description="α of COOKIE's Eq. 13")
+    feature_dropout: float = Field(default=0.0, ge=0, lt=1, description="on the pooled features")
+    ccl_view: ImageView = "plain"
+    ccl_text_view: TextView = "plain"
+
+
+class Head(nn.Module):
+    """Tokens to a unit-length vector: pooled, then projected without bias."""
+
+    def __init__(self, config: Config, width: int):
+        super().__init__()
+        self.pooling = make_pooling(config.pooling)
+        self.projection = nn.Linear(width, config.dimension, bias=False)
+        self.feature_dropout = config.feature_dropout
+
+    def forward(
+        self, tokens_bnw: Float[Tensor, "b n w"], mask_bn: Int64[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        pooled = self.pooling(tokens_bnw.to(self.projection.weight.dtype), mask_bn)
+        projected = self.projection(F.dropout(pooled, self.feature_dropout, self.training))
+        return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
+
+
+class Clip(Method):
+    """Two towers. Losses: `ccl`, InfoNCE of both directions summed, and `hinge` (COOKIE, Eq. 13)."""
+
+    available_losses = ("ccl", "hinge")
+
+    def __init__(self, config: Config, losses: tuple[str, ...], vocabulary_size: int):
+        super().__init__(losses)
+        self.config = config
+        self.vision = VisionEncoder(config.vision)
+        self.text = TextEncoder(config.text, vocabulary_size)
+        self.fusion = nn.ModuleDict(
+            {"image": Head(config, self.vision.width), "text": Head(config, self.text.width)}
+        )
+        self.temperature = Temperature(config.temperature)
+        if "ccl" not in losses:
+            self.temperature.requires_grad_(False)
+
+    def frozen_image_tower(self) -> nn.Module | None:
+        return None if self.config.vision.trainable else self.vision
+
+    def views(self) -> Views:
+        return Views({"image": self.config.ccl_view}, {"text": self.config.ccl_text_view})
+
+    def forward(self, batch: Batch) -> Terms:
+        tokens = batch.tokens.get("image")
+        image = self.fusion["image"](self.vision(batch.images["image"]) if tokens is None else tokens)
+        text = self.embed_texts(batch.texts["text"])
+        image, text = gather(torch.cat([image, text], dim=1)).chunk(2, dim=1)
+        losses: dict[str, Tensor] = {}
+        report: dict[str, Tensor] = {}
+        accuracy = (matching_accuracy(image, text) + matching_accuracy(text, image)) / 2
+        if "ccl" in self.losses:
+            # Differs from the paper: the sum of the directions, not their mean, so that weights mean what
+            # COOKIE's do
+            temperature = self.temperature()
+            losses["ccl"] = info_nce(image, text, temperature) + info_nce(text, image, temperature)
+            report |= {"temperature": temperature.detach(), "ccl_accuracy": accuracy}
+        if "hinge" in self.losses:
+            losses["hinge"] = hardest_negative_hinge(image, text, self.config.hinge_margin)
+            report["hinge_accuracy"] = accuracy
+        return Terms(losses, report)
+
+    def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        return self.fusion["image"](self.vision(images))
+
+    def embed_texts(self, texts: Texts) -> Float[Tensor, "b d"]:
+        return self.fusion["text"](self.text(texts), texts.mask)
+
+
+METHOD = Clip

@@ -1,0 +1,382 @@
+"""One engine for all runs: DeepSpeed around a method, from a laptop's CPU to GPUs, ZeRO 0 to 3.
+
+The engine owns precision, parallelism, the optimizer and their state. It knows no data and no schedule.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from learning.methods.base import Batch, Method
+from learning.training import distributed
+from learning.training.checkpoint import Writer
+from learning.training.randomness import random_state, set_random_state
+
+RUN_SIZE_KEYS = {
+    "train_batch_size": "contrastive_batch",
+    "train_micro_batch_size_per_gpu": "batch_per_gpu",
+    "gradient_accumulation_steps": "contrastive_batch (accumulation adds no negatives)",
+    "gradient_clipping": "gradient_clip",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "steps_per_print": "log_every_steps",
+}
+
+
+class OptimizerConfig(BaseModel):
+    """AdamW, with a learning rate a part of the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="not on norms, biases and other 1-D parameters"
+    )
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    lr_scale: dict[str, float] = Field(
+        default_factory=dict, description="part of the model: factor on the learning rate (vision: 0.1)"
+    )
+
+
+@dataclass
+class StepResult:
+    """One optimizer step: what the method gave, and whether the step was applied (fp16 may skip it)."""
+
+    total: Tensor
+    losses: dict[str, Tensor]
+    report: dict[str, Tensor]
+    applied: bool
+    gradient_norm: float | None  # of the whole gradient before clipping, where it was asked for
+
+
+class Objective(nn.Module):
+    """A method and its loss weights: the weighted sum is what is minimised. Terms go out as plain tuples.
+
+    DeepSpeed's hooks look for tensors in tuples and dicts alone, not in dataclasses.
+    """
+
+    def __init__(self, method: Method, weights: Mapping[str, float]):
+        super().__init__()
+        self.method = method
+        self.weights = dict(weights)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        terms = self.method(batch)
+        if set(terms.losses) != set(self.weights):
+            raise ValueError(
+                f"losses: the recipe weighs {sorted(self.weights)}, {type(self.method).__name__} computed "
+                f"{sorted(terms.losses)}; the two must be the same"
+            )
+        total = torch.stack([self.weights[name] * terms.losses[name].float() for name in self.weights]).sum()
+        return (
+            total,
+            {name: loss.detach() for name, loss in terms.losses.items()},
+            {name: value.detach() for name, value in terms.report.items()},
+        )
+
+
+def read_deepspeed_config(path: Path) -> dict[str, Any]:
+    """A DeepSpeed config without run-size keys. Raises ValueError naming the file, the key and the remedy."""
+    if not path.is_file():
+        known = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        there = f"; in {path.parent} there are {', '.join(known)}" if known else ""
+        raise ValueError(f"deepspeed: {path}: no such file{there}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"deepspeed: {path}: is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"deepspeed: {path}: must hold one JSON object, holds a {type(config).__name__}")
+    for key, field in RUN_SIZE_KEYS.items():
+        if key in config:
+            raise ValueError(f"deepspeed: {path}: take '{key}' out; the recipe says it: {field}")
+    return config
+
+
+def zero_stage(config: Mapping[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that weights and activations have under a DeepSpeed config."""
+    if config.get("bf16", {}).get("enabled"):
+        return torch.bfloat16
+    return torch.float16 if config.get("fp16", {}).get("enabled") else torch.float32
+
+
+def parameter_groups(method: Method, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Two groups a part (with and without weight decay), each with `part` and its own `base_lr`.
+
+    Raises ValueError when lr_scale names no part, or when a trainable parameter is in no part.
+    """
+    parts = method.parts()
+    unknown = sorted(set(config.lr_scale) - set(parts))
+    if unknown:
+        raise ValueError(
+            f"optimizer.lr_scale: {', '.join(unknown)} is no trainable part of this model; "
+            f"its parts: {', '.join(parts)}"
+        )
+    groups: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    for part, parameters in parts.items():
+        own = [p for p in parameters if p.requires_grad and id(p) not in seen]
+        seen |= {id(p) for p in own}
+        rate = config.learning_rate * config.lr_scale.get(part, 1.0)
+        for decays in (True, False):
+            chosen = [p for p in own if (p.ndim > 1) == decays]
+            if chosen:
+                decay = config.weight_decay if decays else 0.0
+                groups.append(
+                    {"params": chosen, "lr": rate, "base_lr": rate, "weight_decay": decay, "part": part}
+                )
+    left_out = [name for name, p in method.named_parameters() if p.requires_grad and id(p) not in seen]
+    if left_out:
+        names = ", ".join(left_out)
+        raise ValueError(f"{type(method).__name__}.parts() leaves out trainable parameters: {names}")
+    return groups
+
+
+def quiet_deepspeed(log_file: Path | None) -> Any:
+    """The deepspeed module, its messages going to `log_file` (or nowhere) instead of the user's screen.
+
+    On a CPU without its compiled shared-memory collective: gloo serves, and no run waits for a compiler.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", distributed.device().type)  # read when it is imported
+    import deepspeed
+    import deepspeed.ops
+
+    if distributed.device().type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger = logging.getLogger("DeepSpeed")
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+    handler: logging.Handler = logging.NullHandler()
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(log_file, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    return deepspeed
+
+
+class Engine:
+    """A method under DeepSpeed: step, full weights, and saving and loading of its own state.
+
+    All ranks call every method together.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        weights: Mapping[str, float],
+        optimizer: OptimizerConfig,
+        deepspeed_config: Mapping[str, Any],
+        *,
+        batch_per_gpu: int,
+        gradient_clip: float = 0.0,
+        log_file: Path | None = None,
+    ):
+        """`batch_per_gpu` in samples; `gradient_clip`: largest norm of the whole gradient, 0 for no limit.
+
+        Takes `method` over: its parameters become DeepSpeed's. Raises ValueError for what cannot be done.
+        """
+        self.device = distributed.device()
+        self.dtype = dtype_of(deepspeed_config)
+        self.stage = zero_stage(deepspeed_config)
+        self.gradient_clip = gradient_clip
+        if self.dtype == torch.float16 and self.device.type == "cpu":
+            raise ValueError("deepspeed: fp16 does not run on a CPU; choose a config in fp32 or bf16")
+        scalars = [name for name, p in method.named_parameters() if p.ndim == 0]
+        if scalars:  # DeepSpeed broadcasts parameters as views of bytes, and a 0-dimensional one has none
+            raise ValueError(f"parameters of 0 dimensions: {', '.join(scalars)}; give them the shape (1,)")
+        groups = parameter_groups(method, optimizer)
+        adamw = torch.optim.AdamW(
+            groups, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps, fused=True
+        )
+        deepspeed = quiet_deepspeed(log_file)
+        os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))  # DeepSpeed insists on it
+        deepspeed.init_distributed(  # takes over the process group that is there
+            dist_backend="nccl" if self.device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+        )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=Objective(method, weights),
+            optimizer=adamw,
+            config=dict(deepspeed_config)
+            | {
+                "train_micro_batch_size_per_gpu": batch_per_gpu,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": gradient_clip,
+                "steps_per_print": 2**31,
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+            },
+            dist_init_required=False,
+        )
+        if self.stage == 3:
+            # ZeRO-3 gathers a parameter when the module that owns it is called. What stands beside children
+            # may be used by another method of the module than forward: it belongs to the whole call, forward
+            # and backward.
+            for module in method.modules():
+                if next(module.children(), None) is not None:
+                    for loose in module.parameters(recurse=False):
+                        deepspeed.zero.register_external_parameter(self._engine.module, loose)
+        if self.dtype != torch.float32:
+            for (
+                statistic
+            ) in self._own_statistics().values():  # kernels want them in the dtype of scale and shift
+                statistic.data = statistic.data.to(self.dtype)
+
+    @property
+    def method(self) -> Method:
+        """The method whose parameters DeepSpeed holds: in its dtype, and partitioned under ZeRO-3."""
+        return self._engine.module.method
+
+    def step(self, batch: Batch, rate_factor: float, want_norm: bool = False) -> StepResult:
+        """Forward, backward, and one optimizer step with each part's learning rate times `rate_factor`."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["base_lr"] * rate_factor
+        self._engine.train()
+        total, losses, report = self._engine(self._placed(batch))
+        self._engine.backward(total * self._loss_scale())
+        norm = self._plain_norm() if want_norm and self.stage == 0 and self.dtype == torch.float32 else None
+        self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        if applied:
+            self.method.after_step()
+        if want_norm and norm is None:
+            norm = float(self._optimizer._global_grad_norm) / self._loss_scale()
+        return StepResult(total.detach(), losses, report, applied, norm)
+
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of each part, as the last step had it."""
+        return {group["part"]: float(group["lr"]) for group in self._optimizer.param_groups}
+
+    def full_state(self) -> dict[str, Tensor]:
+        """The method's state dict on the CPU, whole, on every rank: float32 master weights, and buffers.
+
+        Statistics of batch normalisation that ranks keep for themselves are averaged over ranks.
+        """
+        method = self.method
+        masters = self._masters()
+        state = {}
+        parameters = {id(p): p for p in method.parameters()}
+        whole = {key: masters[key] if key in masters else self._whole(p) for key, p in parameters.items()}
+        averaged = {id(b) for b in self._own_statistics().values()}
+        done: dict[int, Tensor] = {}
+        for name, value in method.state_dict(keep_vars=True).items():
+            if id(value) not in done:
+                if id(value) in whole:
+                    done[id(value)] = whole[id(value)]
+                elif id(value) in averaged:
+                    done[id(value)] = _rank_mean(value)
+                else:
+                    done[id(value)] = value.detach().cpu().clone()
+            state[name] = done[id(value)]
+        return state
+
+    def save(self, directory: Path, writer: Writer) -> None:
+        """DeepSpeed's state and this rank's own into `directory`, every file by `writer`."""
+        from learning.training.deepspeed_files import FileEngine  # imports DeepSpeed
+
+        self._engine.checkpoint_engine = FileEngine(writer)
+        self._engine._copy_recovery_script = lambda path: None  # scripts are no state
+        self._engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
+        own = {
+            "random": random_state(),
+            "statistics": {n: b.clone() for n, b in self._own_statistics().items()},
+        }
+        writer.save(own, directory / f"rank_{distributed.rank()}.pt")
+
+    def load(self, directory: Path) -> None:
+        """What `save` wrote, on the same number of ranks; the random state last."""
+        path, _ = self._engine.load_checkpoint(str(directory), tag="engine")
+        if path is None:
+            raise ValueError(f"{directory}: DeepSpeed found no state to load")
+        own = torch.load(directory / f"rank_{distributed.rank()}.pt", weights_only=True, map_location="cpu")
+        for name, buffer in self._own_statistics().items():
+            buffer.copy_(own["statistics"][name])
+        set_random_state(own["random"])
+
+    def state_bytes(self) -> int:
+        """About how many bytes a checkpoint of all ranks has: weights, masters and AdamW's two moments."""
+        trainable = frozen = 0
+        for p in self.method.parameters():
+            count = getattr(p, "ds_numel", p.numel())
+            trainable, frozen = (
+                (trainable + count, frozen) if p.requires_grad else (trainable, frozen + count)
+            )
+        weight = 4 if self.dtype == torch.float32 else 2
+        master = 4 if self.dtype != torch.float32 or self.stage > 0 else 0
+        return trainable * (weight + master + 8) + frozen * weight
+
+    def close(self) -> None:
+        """Let DeepSpeed's hooks and buffers go."""
+        self._engine.destroy()
+
+    def _placed(self, batch: Batch) -> Batch:
+        batch = batch.to(self.device)
+        return replace(
+            batch,
+            images={name: image.to(self.dtype) for name, image in batch.images.items()},
+            tokens={name: tokens.to(self.dtype) for name, tokens in batch.tokens.items()},
+        )
+
+    def _loss_scale(self) -> float:
+        """What the loss must be multiplied by here: DeepSpeed scales it itself, but for stage 0 in fp16."""
+        if self.stage == 0 and self.dtype == torch.float16:
+            return float(self._optimizer.loss_scale_config.cur_scale)
+        return 1.0
+
+    def _plain_norm(self) -> float:
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+    def _masters(self) -> dict[int, Tensor]:
+        """fp32 master weights on the CPU by the id of their parameter, where DeepSpeed keeps such."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self.dtype == torch.float32 and self.stage < 3:
+            return {}
+        if self.stage == 0:
+            pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
+            return {
+                id(p): master.detach().cpu().clone()
+                for low, high in pairs
+                for p, master in zip(low, high, strict=True)
+            }
+        trained = [p for p in self.method.parameters() if p.requires_grad]
+        return {id(p): safe_get_full_fp32_param(p).detach().cpu().clone() for p in trained}
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        if self.stage < 3:
+            return parameter.detach().float().cpu().clone()
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().float().cpu().clone()
+
+    def _own_statistics(self) -> dict[str, Tensor]:
+        """Batch normalisation's running mean and variance: each rank has its own."""
+        return {
+            f"{name}.{kind}": getattr(module, kind)
+            for name, module in self.method.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+            for kind in ("running_mean", "running_var")
+        }
+
+
+def _rank_mean(value: Tensor) -> Tensor:
+    wide = value.detach().float()
+    return (distributed.sum_over_ranks(wide) / distributed.world_size()).cpu().clone()

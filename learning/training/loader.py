@@ -1,0 +1,338 @@
+"""Global batches from a shard index: position is (seed, epoch, samples consumed) and nothing else.
+
+The order of an epoch is a stateless permutation; rank r of W takes rows r·b … (r + 1)·b - 1 of each global
+batch; text choice, augmentation and the replacement of a bad sample are drawn from generators keyed by (seed,
+epoch, sample key). So a resume costs no scan, and any number of ranks reads the same global batches.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data_tools.pictures import PictureError, open_picture
+from data_tools.shards import ShardIndex
+from learning.evaluation.gallery import TextField, texts_of
+from learning.methods.base import Batch, Texts, Views
+from learning.tokenizer import Tokenizer
+from learning.training.augment import ImageTransform, augment_tokens
+from learning.training.randomness import Permutation, keyed_generator, stable_hash
+
+CACHE_MARGIN = 1.25  # a cached picture's shorter side, as a multiple of image_px, at most
+PREFETCH = 2  # batches made ahead
+ATTEMPTS = 100  # samples that may stand in for one bad sample before the corpus is called unreadable
+
+
+class DataConfig(BaseModel):
+    """Which samples a training stage reads, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    split: str = "train"
+    texts: tuple[TextField, ...] = Field(
+        default=("title", "content", "queries", "captions"),
+        min_length=1,
+        description="one of a sample's texts is drawn: first a field that it has, then a text of that field",
+    )
+    workers: int = Field(default=0, ge=0, description="processes a rank that make batches; 0: one thread")
+    cache: Literal["none", "memory", "tokens"] = Field(
+        default="none",
+        description=f"memory: keep decoded pictures, the shorter side at most {CACHE_MARGIN} × image_px; "
+        "tokens: also what a frozen image tower gives for the plain view: it runs once a picture",
+    )
+    cache_mb: int = Field(default=4096, ge=1, description="a rank's share of memory for the cache, MiB")
+    max_pixels: int = Field(
+        default=50_000_000, ge=1, description="of a picture; one with more is a bad sample"
+    )
+    max_bad_share: float = Field(
+        default=0.001, ge=0, le=1, description="of the split: more bad samples stop the run"
+    )
+
+    @model_validator(mode="after")
+    def _one_cache(self) -> "DataConfig":
+        if self.cache != "none" and self.workers > 0:
+            raise ValueError(
+                f"data.cache: {self.cache} is kept by one process; set data.workers: 0, or data.cache: none"
+            )
+        return self
+
+
+@dataclass
+class Loaded:
+    """One rank's part of a global batch, and the samples that were left out of it: key → why."""
+
+    batch: Batch
+    skipped: dict[str, str]
+
+
+@dataclass
+class Failed:
+    """A batch that could not be made: told as a value, so that all ranks can stop together."""
+
+    message: str
+
+
+@dataclass
+class BadSamples:
+    """Samples that were skipped, by key, and how many are too many."""
+
+    limit: int
+    why: dict[str, str] = field(default_factory=dict)
+
+    def add(self, skipped: dict[str, str]) -> dict[str, str]:
+        """Remember; what was not known before comes back."""
+        new = {key: reason for key, reason in skipped.items() if key not in self.why}
+        self.why |= new
+        return new
+
+    def too_many(self) -> str | None:
+        """What to tell the user once there are more than `limit`, else None."""
+        if len(self.why) <= self.limit:
+            return None
+        shown = "; ".join(list(self.why.values())[:5])
+        return (
+            f"{len(self.why)} bad samples, data.max_bad_share allows {self.limit}: {shown}; "
+            "run the shard stage again, or raise data.max_bad_share"
+        )
+
+
+def steps_per_epoch(samples: int, contrastive_batch: int) -> int:
+    """Whole global batches in an epoch; the last, incomplete one is dropped (others are, in another epoch).
+
+    Raises ValueError when there is not even one.
+    """
+    if samples < contrastive_batch:
+        raise ValueError(
+            f"contrastive_batch: {contrastive_batch}, but the split has {samples} samples; make it smaller"
+        )
+    return samples // contrastive_batch
+
+
+class Batches(Dataset[Loaded | Failed]):
+    """One rank's part of every global batch, by step. Step s is batch s % S of epoch s // S."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        tokenizer: Tokenizer,
+        transform: ImageTransform,
+        views: Views,
+        config: DataConfig,
+        *,
+        seed: int,
+        contrastive_batch: int,
+        max_length: int,
+        rank: int,
+        world_size: int,
+        tower: Callable[[Tensor], Tensor] | None = None,
+    ):
+        """`max_length` in tokens. `tower`: the frozen image tower, (1, 3, h, w) → (1, n, v), for the cache.
+
+        Raises ValueError when the batch does not divide by `world_size`.
+        """
+        if config.cache == "tokens" and tower is None:
+            raise ValueError(
+                "data.cache: tokens needs an image tower that never learns; "
+                "set model.vision.trainable: false, or data.cache: memory"
+            )
+        self.tower = tower if config.cache == "tokens" else None
+        if contrastive_batch % world_size:
+            raise ValueError(
+                f"contrastive_batch: {contrastive_batch} does not divide by {world_size} ranks; "
+                f"give a multiple of {world_size}"
+            )
+        self.index, self.tokenizer, self.transform, self.views = index, tokenizer, transform, views
+        self.config, self.seed, self.max_length = config, seed, max_length
+        self.contrastive_batch, self.rank, self.world_size = contrastive_batch, rank, world_size
+        self.per_epoch = steps_per_epoch(len(index), contrastive_batch)
+        self._vocabulary_size = tokenizer.vocabulary_size  # once: it is counted anew each time
+        self._pictures: dict[int, Tensor] = {}
+        self._texts: dict[int, list[list[str]]] = {}
+        self._tower_tokens: dict[int, Tensor] = {}
+        self._cache_left = config.cache_mb * 2**20 if config.cache != "none" else 0
+
+    def samples(self, step: int) -> tuple[int, Int64[np.ndarray, " b"]]:
+        """The epoch of a step, and the index positions of this rank's rows of it."""
+        epoch, batch = divmod(step, self.per_epoch)
+        each = self.contrastive_batch // self.world_size
+        first = batch * self.contrastive_batch + self.rank * each
+        return epoch, Permutation(len(self.index), self.seed, epoch)(np.arange(first, first + each))
+
+    def __getitem__(self, step: int) -> Loaded | Failed:
+        try:
+            return self.load(step)
+        except (ValueError, OSError) as error:
+            return Failed(f"step {step}: {error}")
+
+    def load(self, step: int) -> Loaded:
+        """This rank's part of the global batch of `step`. Raises ValueError for an unreadable corpus."""
+        epoch, positions = self.samples(step)
+        skipped: dict[str, str] = {}
+        keys: list[str] = []
+        made: dict[str, list[Tensor]] = {name: [] for name in self.views.images}
+        texts: list[str] = []
+        for position in positions.tolist():
+            key, pictures, text = self._good_sample(epoch, position, skipped)
+            keys.append(key)
+            texts.append(text)
+            for name, values in pictures.items():
+                made[name].append(values)
+        images = {name: torch.stack(each) for name, each in made.items()}
+        tokens = {name: images.pop(name) for name in list(images) if self._by_tower(name)}
+        return Loaded(Batch(images, self._tokens(epoch, keys, texts), keys, tokens), skipped)
+
+    def _by_tower(self, view: str) -> bool:
+        return self.tower is not None and self.views.images[view] == "plain"
+
+    def _good_sample(
+        self, epoch: int, position: int, skipped: dict[str, str]
+    ) -> tuple[str, dict[str, Tensor], str]:
+        """The sample at a position, or the one that stands in for it.
+
+        The stand-in is drawn by the bad sample's own key, epoch and attempt, so no other row of any rank
+        changes; it may occur twice in the epoch.
+        """
+        original = position
+        for attempt in range(ATTEMPTS):
+            key = self.index.keys[position]
+            try:
+                return key, self._images(epoch, position, key), self._text(epoch, position, key)
+            except (PictureError, BadRecord) as error:
+                skipped[key] = str(error)
+                drawn = stable_hash(self.seed, epoch, self.index.keys[original], "stand-in", attempt)
+                position = drawn % len(self.index)
+        raise ValueError(
+            f"{ATTEMPTS} samples in a row could not be read; the last: {list(skipped.values())[-1]}; "
+            "the corpus is damaged: run the shard stage again"
+        )
+
+    def _images(self, epoch: int, position: int, key: str) -> dict[str, Tensor]:
+        """By view: pixels, or the frozen tower's tokens (`_by_tower`)."""
+        picture = self._picture(position, key)
+        made = {}
+        for name, how in self.views.images.items():
+            if self._by_tower(name):
+                made[name] = self._tokens_of(position, picture)
+            elif how == "plain":
+                made[name] = self.transform.plain(picture)
+            else:
+                made[name] = self.transform.augmented(
+                    picture, keyed_generator(self.seed, epoch, key, "image", name)
+                )
+        return made
+
+    def _tokens_of(self, position: int, picture: Image.Image | Tensor) -> Tensor:
+        """The frozen tower's tokens of the plain view, (n, v), from the cache once they were made.
+
+        One picture at a time: what comes out depends on no other picture, so a resume changes no bit.
+        """
+        known = self._tower_tokens.get(position)
+        if known is not None:
+            return known
+        assert self.tower is not None
+        with torch.no_grad():
+            tokens = self.tower(self.transform.plain(picture)[None])[0]
+        if tokens.nbytes <= self._cache_left:
+            self._cache_left -= tokens.nbytes
+            self._tower_tokens[position] = tokens
+        return tokens
+
+    def _picture(self, position: int, key: str) -> Image.Image | Tensor:
+        """The picture: decoded, or from the cache. What is in the cache never changes what is returned."""
+        if position in self._pictures:
+            return self._pictures[position]
+        name = f"{self.index._where(position)}, key {key}"
+        picture = open_picture(self.index.image_bytes(position), max_pixels=self.config.max_pixels, name=name)
+        if self.config.cache == "none":
+            return picture
+        pixels = _shrunk(picture, self.transform.image_px)
+        if pixels.numel() <= self._cache_left:
+            self._cache_left -= pixels.numel()
+            self._pictures[position] = pixels
+        return pixels
+
+    def _text(self, epoch: int, position: int, key: str) -> str:
+        """One text of a sample: a field that it has, evenly, then one of that field's texts, evenly."""
+        fields = self._texts.get(position)
+        if fields is None:
+            fields = self._fields(position, key)
+            if self.config.cache != "none":
+                self._texts[position] = fields
+        generator = keyed_generator(self.seed, epoch, key, "text")
+        chosen = fields[int(torch.randint(len(fields), (), generator=generator))]
+        return chosen[int(torch.randint(len(chosen), (), generator=generator))]
+
+    def _fields(self, position: int, key: str) -> list[list[str]]:
+        where = f"{self.index._where(position)}, key {key}"
+        try:
+            record = self.index.record(position)
+            fields = [texts for name in self.config.texts if (texts := texts_of(record, name))]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BadRecord(f"{where}: its record cannot be read: {error}") from error
+        if not fields:
+            raise BadRecord(f"{where}: it has no text in {', '.join(self.config.texts)}")
+        return fields
+
+    def _tokens(self, epoch: int, keys: Sequence[str], texts: Sequence[str]) -> dict[str, Texts]:
+        rows = self.tokenizer.encode_each(texts, self.max_length)
+        made = {}
+        for name, how in self.views.texts.items():
+            made[name] = self.tokenizer.pad(
+                rows
+                if how == "plain"
+                else [self._augmented(epoch, key, name, row) for key, row in zip(keys, rows, strict=True)]
+            )
+        return made
+
+    def _augmented(self, epoch: int, key: str, view: str, ids: Tensor) -> Tensor:
+        generator = keyed_generator(self.seed, epoch, key, "tokens", view)
+        own = self.tokenizer
+        return augment_tokens(ids, generator, own.mask_id, self._vocabulary_size, own.special_ids)
+
+
+class BadRecord(ValueError):
+    """A sample whose record cannot be used; the message names shard and key."""
+
+
+def _shrunk(picture: Image.Image, image_px: int) -> Tensor:
+    """uint8 (3, h, w), its shorter side at most CACHE_MARGIN × image_px, the aspect kept."""
+    limit = max(1, int(CACHE_MARGIN * image_px))
+    width, height = picture.size
+    if min(width, height) > limit:
+        scale = limit / min(width, height)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        picture = picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def batches_from(batches: Batches, start: int, stop: int) -> Generator[Loaded | Failed, None, None]:
+    """Batches of the steps start … stop - 1, made ahead by a thread, or by `workers` processes."""
+    if batches.config.workers > 0:
+        loader: Any = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=batches.config.workers,
+            prefetch_factor=PREFETCH,
+        )
+        yield from loader
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
+        ahead: deque[Future[Loaded | Failed]] = deque()
+        try:
+            for step in range(start, stop):
+                while len(ahead) < PREFETCH and step + len(ahead) < stop:
+                    ahead.append(thread.submit(batches.__getitem__, step + len(ahead)))
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()

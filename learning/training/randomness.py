@@ -1,0 +1,89 @@
+"""Randomness: by key, so that a sample gets the same choices whoever reads it; and a process's own state."""
+
+import random
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+_ROUNDS = 6
+
+
+def stable_hash(*parts: object) -> int:
+    """63 bits of blake2b over the parts' texts: the same on every machine, in every process."""
+    joined = "\x1f".join(str(part) for part in parts).encode()
+    return int.from_bytes(blake2b(joined, digest_size=8).digest(), "little") >> 1
+
+
+def keyed_generator(*parts: object) -> torch.Generator:
+    """A generator seeded by the parts: say (seed, epoch, sample key, what it is for)."""
+    return torch.Generator().manual_seed(stable_hash(*parts))
+
+
+class Permutation:
+    """A permutation of range(size) that is computed place by place: no table, no scan, any place at once.
+
+    A Feistel network over the smallest even number of bits that holds `size`, walked until it lands inside
+    (cycle walking), keyed by `seed` and `epoch`.
+    """
+
+    def __init__(self, size: int, seed: int, epoch: int):
+        if size < 1:
+            raise ValueError(f"a permutation of {size} items: there must be at least one")
+        self.size = size
+        self._half = np.uint64(max(1, (max(1, size - 1).bit_length() + 1) // 2))
+        self._low = np.uint64((1 << int(self._half)) - 1)
+        keys = [stable_hash("permutation", seed, epoch, round_) for round_ in range(_ROUNDS)]
+        self._keys = [np.uint64(key) for key in keys]
+
+    def __call__(self, places: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """What stands at these places, each in [0, size)."""
+        values = np.asarray(places).astype(np.uint64)
+        if values.size and int(values.max()) >= self.size:
+            raise ValueError(f"place {int(values.max())} of a permutation of {self.size}")
+        values = self._network(values)
+        outside = values >= self.size
+        while outside.any():  # each walk ends: the network permutes, and the start was inside
+            values[outside] = self._network(values[outside])
+            outside = values >= self.size
+        return values.astype(np.int64)
+
+    def _network(self, values: np.ndarray) -> np.ndarray:
+        left, right = values >> self._half, values & self._low
+        for key in self._keys:
+            left, right = right, left ^ (_mix(right ^ key) & self._low)
+        return (left << self._half) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: every input bit moves every output bit."""
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def random_state() -> dict[str, Any]:
+    """Python's, numpy's and torch's random state, of values that torch.load reads with weights_only."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """What `random_state` gave."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,272 @@
+"""One process of one stage: `python -m pipeline.worker RECIPE --stage S --root R`; rank 0 commits.
+
+Ranks come from RANK, WORLD_SIZE and LOCAL_RANK. Exit codes: 0 done, 2 a mistake that the user can mend (or a
+full disk), 75 stopped and resumable, 1 a crash.
+"""
+
+import argparse
+import ctypes
+import errno
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline import logs
+from pipeline.events import Channel
+from pipeline.fingerprint import Identity, identities
+from pipeline.progress import WorkerProgress
+from pipeline.recipe import Recipe, load
+from pipeline.run_directory import RunDirectory
+from pipeline.tracking import FileTracker, QuietTracker
+from stages.base import Job, Report, StageError, Stopped, stage_module
+
+DONE, CRASHED, USER_ERROR, STOPPED = 0, 1, 2, 75
+PARENT_VARIABLE = "TANDEM_PARENT_PID"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+class StopFlag:
+    """Set by a signal; the stage asks it between steps."""
+
+    def __init__(self) -> None:
+        self.set = False
+
+    def install(self) -> "StopFlag":
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        return self
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.set = True
+
+    def __call__(self) -> bool:
+        return self.set
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when the process that started it dies."""
+    parent = os.environ.pop(PARENT_VARIABLE, None)
+    if parent is None:
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        os._exit(CRASHED)  # it died before the kernel was asked
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.worker", description=__doc__)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--stage", required=True, metavar="S")
+    parser.add_argument("--root", type=Path, default=Path("runs"))
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--fingerprint", help="refuse to run if the recipe has become another one")
+    return parser.parse_args(arguments)
+
+
+class _Notices(logging.Handler):
+    """Warnings of Tandem's own modules go to the runner too, which shows them."""
+
+    def __init__(self, channel: Channel):
+        super().__init__(logging.WARNING)
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._channel.send("notice", patience_s=0.2, message=record.getMessage())
+
+
+def _configure_logging(channel: Channel, rank: int) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    for package in ("pipeline", "stages", "learning", "data_tools"):
+        logger = logging.getLogger(package)
+        logger.setLevel(logging.INFO)
+        if rank == 0:
+            logger.addHandler(_Notices(channel))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stage in this process; returns the exit code."""
+    die_with_parent()
+    should_stop = StopFlag().install()
+    channel = Channel.from_environment()
+    rank = int(os.environ.get("RANK", "0"))
+    _configure_logging(channel, rank)
+    options = _arguments(arguments)
+    directory: list[Path] = []
+    try:
+        _work(options, rank, channel, should_stop, directory)
+        return DONE
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", flush=True)
+        return STOPPED
+    except BaseException as error:
+        return _failed(error, options, rank, channel, directory)
+
+
+def _failed(
+    error: BaseException, options: argparse.Namespace, rank: int, channel: Channel, directory: list[Path]
+) -> int:
+    """Say what happened where it will be looked for: the log, the rank's error record and the runner."""
+    full = disk_full_message(error, directory[0] if directory else options.root)
+    if isinstance(error, StageError):
+        code, message = USER_ERROR, str(error)
+    elif full is not None:
+        code, message = USER_ERROR, full
+    else:
+        code, message = CRASHED, f"{type(error).__name__}: {error}"
+    record = logs.ErrorRecord(rank, code, message, time.time())
+    channel.send("error", patience_s=2.0, rank=rank, code=code, message=message, time=record.time)
+    if directory:
+        logs.write_error(directory[0], record)
+    try:
+        if code == CRASHED:
+            traceback.print_exception(error, file=sys.stdout)
+        print(f"error: {message}", flush=True)
+    except OSError:
+        pass  # the log's disk is full; the runner has the message
+    return code
+
+
+def disk_full_message(error: BaseException, near: Path) -> str | None:
+    """A message if the cause (or its cause …) is a full disk or quota; else None."""
+    seen: BaseException | None = error
+    while seen is not None:
+        number = getattr(seen, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(seen):
+            name = getattr(seen, "filename", None)
+            place = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else near
+            free = _free_space(place)
+            return f"no disk space left: {place} could not be written{free}; make room and run again"
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _free_space(path: Path) -> str:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        free = shutil.disk_usage(path).free
+    except OSError:
+        return ""
+    return f" ({free / 2**20:,.1f} MiB free at {path})"
+
+
+def _work(
+    options: argparse.Namespace, rank: int, channel: Channel, should_stop: StopFlag, directory: list[Path]
+) -> None:
+    recipe = load(options.recipe, options.overrides, until=options.stage)
+    root = options.root.resolve()
+    known = identities(recipe, root)
+    identity = known[options.stage]
+    if options.fingerprint not in (None, identity.fingerprint):
+        raise StageError(
+            f"{recipe.path}: it, or a file that it names, changed since the run began; run it again"
+        )
+    if identity.absent:
+        raise StageError(absent_message(recipe, identity))
+    run_directory = RunDirectory.of(root, recipe.name, identity)
+    inputs = _inputs(recipe, known, identity, root)
+    if rank != 0:
+        directory.append(run_directory.path)
+        logs.clear_errors(run_directory.path, rank)
+        _run(recipe, options.stage, run_directory, inputs, rank, channel, should_stop)
+        return
+    with run_directory.lock():
+        if run_directory.check().done:
+            return  # another run finished it while this one was starting
+        run_directory.prepare(identity, recipe.name)
+        directory.append(run_directory.path)
+        logs.clear_errors(run_directory.path, rank)
+        began = time.monotonic()
+        _note_start(run_directory)
+        report = _run(recipe, options.stage, run_directory, inputs, rank, channel, should_stop)
+        content = run_directory.commit(identity, report, time.monotonic() - began)
+        channel.send("done", patience_s=1.0, seconds=content["seconds"])
+
+
+def absent_message(recipe: Recipe, identity: Identity) -> str:
+    """Names each field whose file is not there."""
+    named = recipe.stages[identity.stage].files()
+    lines = []
+    for path in identity.absent:
+        field = next((f for f, p in named.items() if (recipe.directory / p).resolve() == path), "files")
+        where = recipe.source.where(("stages", identity.stage, *field.split(".")))
+        lines.append(
+            f"{where}: stages.{identity.stage}.{field}: {path} is not there; make it or name another file"
+        )
+    return "\n".join(lines)
+
+
+def _inputs(recipe: Recipe, known: dict[str, Identity], identity: Identity, root: Path) -> dict[str, Path]:
+    """The input stages' directories. Raises StageError when one is not done."""
+    inputs = {}
+    for role, stage in identity.input_stages.items():
+        upstream = RunDirectory.of(root, recipe.name, known[stage])
+        check = upstream.check()
+        if not check.done:
+            raise StageError(
+                f"stages.{identity.stage}.inputs.{role}: stage '{stage}' is not done "
+                f"({check.why}: {upstream.path}); run it first: tandem run {recipe.path} --until {stage}"
+            )
+        inputs[role] = upstream.path
+    return inputs
+
+
+def _note_start(run_directory: RunDirectory) -> None:
+    """One line a start: so that restarts can be counted."""
+    with (run_directory.path / "log" / "starts.log").open("a") as stream:
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        stream.write(f"{when} process {os.getpid()} host {socket.gethostname()}\n")
+
+
+def _run(
+    recipe: Recipe,
+    stage: str,
+    run_directory: RunDirectory,
+    inputs: dict[str, Path],
+    rank: int,
+    channel: Channel,
+    should_stop: StopFlag,
+) -> Report:
+    """The stage itself, as this rank."""
+    config = recipe.stages[stage]
+    tracker: FileTracker | QuietTracker = QuietTracker()
+    if rank == 0:
+        tracker = FileTracker(run_directory.path / "log")
+    for part in ("out", "checkpoints", "tasks", "log"):
+        (run_directory.path / part).mkdir(parents=True, exist_ok=True)
+    job = Job(
+        directory=run_directory.path,
+        inputs=inputs,
+        tracker=tracker,
+        progress=WorkerProgress(run_directory.path, channel, speaks=rank == 0),
+        should_stop=should_stop,
+        seed=recipe.head.seed,
+        recipe_directory=recipe.directory,
+        processes=recipe.head.launch.processes,
+    )
+    report: Any = stage_module(config.kind).run(config, job)
+    if not isinstance(report, Report):
+        raise TypeError(f"stage kind '{config.kind}': run() returned {type(report).__name__}, not a Report")
+    return report
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        exit_code = exit_code or USER_ERROR
+    if exit_code != DONE:
+        os._exit(exit_code)  # threads of a failed stage must not keep the process
+    sys.exit(exit_code)

@@ -1,0 +1,173 @@
+"""The shard stage: crawled pictures and their pairs → webdataset shards by split, an index and a manifest."""
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, field_validator
+
+from data_tools.errors import DataError, explain_full_disk
+from data_tools.pictures import picture_extension
+from data_tools.records import Languages, merge_queries, read_records, record_json
+from data_tools.shards import CorpusError, ShardWriter
+from data_tools.splits import SplitRule, check_rules, compile_labels, labels_of, split_of
+from stages.base import Frozen, Job, Report, StageConfig, StageError, Stopped
+
+
+class SplitConfig(Frozen):
+    """One split; the first that takes a record decides. The last one takes all that is left."""
+
+    name: str
+    by: str | None = Field(default=None, description="a label")
+    share: float | None = Field(
+        default=None, description="of the label's values, or of all keys; drawn by a seeded hash"
+    )
+    values: tuple[str, ...] | None = Field(default=None, description="of the label")
+
+    def rule(self) -> SplitRule:
+        return SplitRule(self.name, self.by, self.share, self.values)
+
+
+class LicenceConfig(Frozen):
+    """The licence of each picture, by one of its labels."""
+
+    by: str | None = None
+    values: dict[str, str] = Field(default_factory=dict, description="value of the label: licence")
+    otherwise: str = "unknown"
+
+    def of(self, labels: dict[str, str]) -> str:
+        return self.values.get(labels.get(self.by, ""), self.otherwise) if self.by else self.otherwise
+
+
+class LanguagesConfig(Frozen):
+    """Language codes by script: of texts with Han characters, and of all others."""
+
+    han: str = "zh"
+    other: str = "en"
+
+
+class Config(StageConfig):
+    kind: Literal["shard"] = "shard"
+    labels: str | None = Field(
+        default=None, description="regular expression on the URL; its named groups are the labels"
+    )
+    splits: tuple[SplitConfig, ...] = (SplitConfig(name="train"),)
+    seed: int = Field(default=0, description="of the splits' shares")
+    shard_bytes: int = Field(
+        default=100_000_000, ge=1_000_000, description="a shard is closed once it has as many"
+    )
+    licence: LicenceConfig = LicenceConfig()
+    languages: LanguagesConfig = LanguagesConfig()
+
+    roles: ClassVar[tuple[str, ...]] = ("pictures",)
+
+    @field_validator("labels")
+    @classmethod
+    def _is_expression(cls, value: str | None) -> str | None:
+        compile_labels(value)
+        return value
+
+
+def run(config: Config, job: Job) -> Report:
+    """Write the shards beside out/ and rename them there when they are whole."""
+    if job.task_count != 1:
+        raise StageError("shard: it runs as one task; set its task count to 1")
+    source = job.inputs["pictures"] / "out"
+    aside = job.directory / "out.unfinished"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        with explain_full_disk(
+            job.directory, "The crawled pictures are untouched; only this stage starts over."
+        ):
+            counts, manifest = _write_shards(config, job, source, aside)
+    except DataError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise StageError(str(error)) from error
+    finally:
+        (job.directory / "records.tmp").unlink(missing_ok=True)
+    shutil.rmtree(job.out, ignore_errors=True)
+    aside.replace(job.out)
+    counts |= {f"split_{name}": count for name, count in manifest["splits"].items()}
+    counts["shards"] = len(manifest["shards"])
+    return Report(counts=counts, metrics={f"shard/{name}": float(n) for name, n in counts.items()})
+
+
+def _write_shards(
+    config: Config, job: Job, source: Path, aside: Path
+) -> tuple[dict[str, int], dict[str, Any]]:
+    pattern = compile_labels(config.labels)
+    labels = sorted(pattern.groupindex) if pattern else []
+    rules = [split.rule() for split in config.splits]
+    check_rules(rules, labels)
+    _check_licence(config.licence, labels)
+    for name in ("pictures.parquet", "pairs.parquet"):
+        if not (source / name).is_file():
+            raise CorpusError(f"{source / name}: missing. Run the crawl stage again.")
+    records, count, duplicates = read_records(source, job.directory / "records.tmp")
+    languages = Languages(config.languages.han, config.languages.other)
+
+    def in_split(key: str, split: str, url: str) -> bool:
+        return split_of(key, labels_of(url, pattern), rules, config.seed) == split
+
+    left_out = 0
+    writer = ShardWriter(aside, config.shard_bytes, [rule.name for rule in rules], labels)
+    tars = _Tars(source)
+    with job.progress.task("shard", count) as task:
+        for number, row in enumerate(records):
+            if number % 1000 == 0 and job.should_stop():
+                raise Stopped("shard: stopped; run again to start it over")
+            found = labels_of(row["url"], pattern)
+            split = split_of(row["key"], found, rules, config.seed)
+            row["queries"], refused = merge_queries(row["queries"], partial(in_split, row["key"], split))
+            left_out += refused
+            image = tars.read(row)
+            record = record_json(row, found, split, config.licence.of(found), languages)
+            writer.write(image, picture_extension(image), record)
+            task.advance()
+    tars.close()
+    dropped = duplicates.append_column("reason", pa.array(["duplicate"] * duplicates.num_rows, pa.string()))
+    pq.write_table(dropped, aside / "dropped.parquet")
+    counts = {
+        "pictures": count + duplicates.num_rows,
+        "kept": count,
+        "dropped_duplicate": duplicates.num_rows,
+        "queries_of_other_splits": left_out,
+    }
+    return counts, writer.close()
+
+
+def _check_licence(licence: LicenceConfig, labels: list[str]) -> None:
+    if licence.by is not None and licence.by not in labels:
+        raise DataError(f"licence.by: no label '{licence.by}'; labels: {', '.join(labels) or 'none'}")
+
+
+class _Tars:
+    """The crawl's tars, read by offset."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files: dict[str, int] = {}
+
+    def read(self, row: dict[str, Any]) -> bytes:
+        if row["tar"] not in self._files:
+            try:
+                self._files[row["tar"]] = os.open(self._directory / row["tar"], os.O_RDONLY)
+            except OSError as error:
+                raise CorpusError(
+                    f"{self._directory / row['tar']}: {error.strerror}. Run the crawl stage again."
+                ) from error
+        data = os.pread(self._files[row["tar"]], row["bytes"], row["offset"])
+        if len(data) != row["bytes"]:
+            raise CorpusError(
+                f"{self._directory / row['tar']}: cut short at {row['url']}. Run the crawl stage again."
+            )
+        return data
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)

@@ -1,0 +1,140 @@
+"""The config of a training stage, for pretrain and finetune alike; stages/training_run.py runs it."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from learning import methods
+from learning.evaluation.gallery import TextField
+from learning.training.checkpoint import CheckpointConfig
+from learning.training.engine import OptimizerConfig
+from learning.training.loader import DataConfig
+from learning.training.schedule import ScheduleConfig
+from stages.base import Frozen, StageConfig
+
+
+class Vocabulary(Frozen):
+    """Where the tokenizer comes from, when no upstream stage gives one."""
+
+    size: int = Field(
+        default=8000, ge=1, description="of a WordPiece vocabulary trained on the split's texts"
+    )
+    path: Path | None = Field(
+        default=None, description="a vocab.txt, tokenizer.json, or a directory with one: not trained"
+    )
+
+
+class Validation(Frozen):
+    """Retrieval on a split that is not trained on, between epochs."""
+
+    split: str = "validation"
+    every_epochs: int = Field(default=1, ge=1, description="the last epoch is always followed by one")
+    texts: tuple[TextField, ...] = Field(default=("title",), min_length=1)
+    relevance: str | None = Field(
+        default=None, description="label by which image and text match; null: the sample's own"
+    )
+    batch: int = Field(default=256, ge=1, description="images or texts embedded at a time, a rank")
+
+
+class TrainingConfig(StageConfig):
+    """What pretrain and finetune have in common."""
+
+    cosmetic: ClassVar[frozenset[str]] = frozenset(
+        {
+            "data.workers",
+            "data.cache_mb",
+            "checkpoint",
+            "log_every_steps",
+            "batch_per_gpu",
+            "validation.batch",
+        }
+    )
+    roles: ClassVar[tuple[str, ...]] = ("corpus",)
+    optional_roles: ClassVar[tuple[str, ...]] = ("weights",)
+    distributed: ClassVar[bool] = True
+
+    model: dict[str, Any] = Field(description="validated by the Config of the method that it names")
+    losses: dict[str, float] = Field(min_length=1, description="weight of each loss in the sum")
+    data: DataConfig = DataConfig()
+    contrastive_batch: int = Field(
+        ge=2, description="samples over all ranks that are contrasted with each other"
+    )
+    batch_per_gpu: int | None = Field(
+        default=None, ge=1, description="checked: contrastive_batch = ranks × batch_per_gpu"
+    )
+    epochs: int = Field(ge=1)
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    gradient_clip: float = Field(
+        default=0.0, ge=0, description="largest norm of the whole gradient; 0: no limit"
+    )
+    deepspeed: Path = Field(description="a DeepSpeed JSON of ds_configs/, relative to the recipe's file")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every_steps: int = Field(default=10, ge=1)
+    vocabulary: Vocabulary = Vocabulary()
+    validation: Validation | None = Field(default=None, alias="validate")
+    pick_best: str | None = Field(
+        default=None, description="validation metric whose best weights out/ holds: val/rsum"
+    )
+    new_parts: tuple[str, ...] = Field(
+        default=(),
+        description="beginnings of names of parameters that upstream may lack: they start from scratch",
+    )
+    dropped_parts: tuple[str, ...] = Field(
+        default=(),
+        description="beginnings of names of parameters of the upstream weights that are left out here",
+    )
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    @field_validator("model")
+    @classmethod
+    def _model(cls, values: dict[str, Any]) -> dict[str, Any]:
+        try:
+            methods.parse_config(values)
+        except ValidationError as error:
+            raise ValueError("; ".join(_explained(error))) from error
+        return values
+
+    @model_validator(mode="after")
+    def _losses(self) -> "TrainingConfig":
+        allowed = methods.module(str(self.model["method"])).METHOD.available_losses
+        unknown = sorted(set(self.losses) - set(allowed))
+        if unknown:
+            raise ValueError(
+                f"losses: {', '.join(unknown)} is not a loss of {self.model['method']}; "
+                f"allowed: {', '.join(allowed)}"
+            )
+        wrong = [name for name, weight in self.losses.items() if not weight > 0]
+        if wrong:
+            raise ValueError(
+                f"losses: the weight of {', '.join(wrong)} must be above 0; leave a loss out instead"
+            )
+        if self.pick_best is not None and self.validation is None:
+            raise ValueError("pick_best: needs `validate` with a split that is not the test split")
+        if self.pick_best is not None and not self.pick_best.startswith("val/"):
+            raise ValueError(f"pick_best: '{self.pick_best}' is no validation metric; say val/rsum")
+        return self
+
+    def files(self) -> dict[str, Path]:
+        found = {"deepspeed": self.deepspeed}
+        if self.vocabulary.path is not None:
+            found["vocabulary.path"] = self.vocabulary.path
+        found |= {f"model.{name}": Path(value) for name, value in _weights_in(self.model)}
+        return found
+
+
+def _weights_in(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _weights_in(value, f"{before}{key}.")
+        elif key == "weights" and value is not None:
+            yield f"{before}{key}", str(value)
+
+
+def _explained(error: ValidationError) -> Iterator[str]:
+    for one in error.errors():
+        place = ".".join(str(part) for part in one["loc"])
+        yield f"{place or 'model'}: {one['msg']}, got {one['input']!r:.80}"

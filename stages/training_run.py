@@ -1,0 +1,309 @@
+"""A run of a training stage in this process: corpus, tokenizer, model, engine, loop, and out/."""
+
+import copy
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_tools.shards import ShardIndex
+from learning import methods, model_files
+from learning.evaluation.gallery import texts_of
+from learning.evaluation.validate import validate
+from learning.methods.base import Method, MethodConfig
+from learning.tokenizer import Tokenizer, load_tokenizer, train_wordpiece
+from learning.training import distributed
+from learning.training.augment import ImageTransform
+from learning.training.checkpoint import Checkpoints
+from learning.training.engine import Engine, read_deepspeed_config
+from learning.training.loader import Batches
+from learning.training.loop import Outcome, Plan, fit
+from learning.training.randomness import stable_hash
+from stages.base import Job, Report, StageError, Stopped, Task
+from stages.training import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER = "tokenizer"  # in the stage's directory, where it was trained here
+
+
+def run_training(config: TrainingConfig, job: Job) -> Report:
+    """Train, from the newest own checkpoint, else upstream weights, else scratch; rank 0 writes out/.
+
+    Raises StageError for what the user can mend, and Stopped when it was asked to stop.
+    """
+    distributed.init()
+    try:
+        return _Training(config, job).run()
+    except ValueError as error:
+        logger.info("the training stopped with an error", exc_info=True)
+        raise StageError(str(error)) from error
+    finally:
+        distributed.shutdown()
+
+
+class _Training:
+    """One run of a training stage in this process."""
+
+    def __init__(self, config: TrainingConfig, job: Job):
+        self.config, self.job = config, job
+        self._check_batch()
+        corpus = job.inputs["corpus"] / "out"
+        self.index = ShardIndex.open(corpus, config.data.split)
+        self.upstream = job.inputs.get("weights")
+        values = absolute_weights(config.model, job.recipe_directory)
+        if self.upstream is not None and not config.new_parts:
+            values = model_files.without_weights(values)  # all of them come from upstream
+        self.model_config = methods.parse_config(values)
+        self.tokenizer = self._tokenizer()
+        self.transform, self.max_length = preparation(self.model_config)
+        self.method = self._method()
+        self.batches = Batches(
+            self.index,
+            self.tokenizer,
+            self.transform,
+            self.method.views(),
+            config.data,
+            seed=job.seed,
+            contrastive_batch=config.contrastive_batch,
+            max_length=self.max_length,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            tower=self._tower(),
+        )
+        self.validated: tuple[ShardIndex, Method] | None = None
+        if config.validation is not None:
+            plain = copy.deepcopy(self.method)  # before DeepSpeed takes the parameters over
+            self.validated = (ShardIndex.open(corpus, config.validation.split), plain)
+
+    def run(self) -> Report:
+        config, job = self.config, self.job
+        sizes = {part: sum(p.numel() for p in own) for part, own in self.method.parts().items()}
+        engine = Engine(
+            self.method,
+            config.losses,
+            config.optimizer,
+            read_deepspeed_config(job.recipe_directory / config.deepspeed),
+            batch_per_gpu=config.contrastive_batch // distributed.world_size(),
+            gradient_clip=config.gradient_clip,
+            log_file=job.log / f"deepspeed_rank{distributed.rank()}.log",
+        )
+        if distributed.rank() == 0:
+            job.tracker.params({f"parameters/{part}": count for part, count in sizes.items()})
+        torch.manual_seed(stable_hash(job.seed, "rank", distributed.rank()))  # dropout differs between ranks
+        shown = _Shown(job, f"{config.kind}: steps")
+        try:
+            outcome = fit(
+                engine,
+                self.batches,
+                self._plan(),
+                Checkpoints(job.checkpoints, config.checkpoint.keep),
+                shown,
+                self._validate if self.validated is not None else None,
+            )
+        finally:
+            shown.end()
+        if outcome.stopped:
+            raise Stopped(f"after step {outcome.step}; its checkpoint is complete: run again to go on")
+        self._write_out(outcome)
+        engine.close()
+        return self._report(outcome, sizes)
+
+    def _tower(self) -> Callable[[Tensor], Tensor] | None:
+        """A copy of the frozen image tower for data.cache: the engine may split or cast the method's."""
+        tower = self.method.frozen_image_tower()
+        if tower is None or self.config.data.cache != "tokens":
+            return None
+        device = distributed.device()
+        own = copy.deepcopy(tower).eval().to(device)
+        return lambda pixels: own(pixels.to(device))
+
+    def _plan(self) -> Plan:
+        config = self.config
+        every = config.validation.every_epochs if config.validation else 1
+        return Plan(
+            config.epochs, config.schedule, config.checkpoint, config.log_every_steps, every, config.pick_best
+        )
+
+    def _check_batch(self) -> None:
+        ranks, each = distributed.world_size(), self.config.batch_per_gpu
+        if each is not None and ranks * each != self.config.contrastive_batch:
+            raise ValueError(
+                f"contrastive_batch: {self.config.contrastive_batch} is not {ranks} ranks × batch_per_gpu "
+                f"{each}; gradient accumulation adds no negatives, so it is not done: change one of the three"
+            )
+
+    def _tokenizer(self) -> Tokenizer:
+        """Upstream's, else the one of vocabulary.path, else trained on this split's texts by rank 0."""
+        if self.upstream is not None:
+            return load_tokenizer(self.upstream / "out")
+        if self.config.vocabulary.path is not None:
+            return load_tokenizer(self.job.recipe_directory / self.config.vocabulary.path)
+        directory = self.job.directory / TOKENIZER
+        problem: str | None = None
+        if distributed.rank() == 0 and not directory.is_dir():
+            try:
+                made = train_wordpiece(self._all_texts(), self.config.vocabulary.size)
+                temporary = directory.with_suffix(".tmp")
+                shutil.rmtree(temporary, ignore_errors=True)
+                made.save(temporary)
+                temporary.rename(directory)
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        problem = distributed.broadcast_object(problem)  # the others wait here
+        if problem is not None:
+            raise ValueError(problem)
+        return load_tokenizer(directory)
+
+    def _all_texts(self) -> Iterator[str]:
+        for position in range(len(self.index)):
+            try:
+                record = self.index.record(position)
+            except ValueError as error:
+                logger.warning("the vocabulary goes without a sample: %s", error)
+                continue
+            for name in self.config.data.texts:
+                yield from texts_of(record, name)
+
+    def _method(self) -> Method:
+        torch.manual_seed(self.job.seed)  # the same start on every rank
+        method = methods.build(self.model_config, tuple(self.config.losses), self.tokenizer.vocabulary_size)
+        if self.upstream is not None:
+            state = model_files.read_weights(self.upstream)
+            load_upstream(method, state, self.config.new_parts, self.config.dropped_parts, self.upstream)
+        return method
+
+    def _validate(self, state: dict[str, Tensor]) -> dict[str, float]:
+        assert self.validated is not None
+        assert self.config.validation is not None
+        index, plain = self.validated
+        plain.load_state_dict(state)
+        metrics = validate(
+            plain.to(distributed.device()),
+            self.tokenizer,
+            index,
+            self.config.validation.texts,
+            self.transform,
+            self.config.validation.relevance,
+            self.config.validation.batch,
+            distributed.device(),
+            max_length=self.max_length,
+            max_pixels=self.config.data.max_pixels,
+        )
+        return {f"val/{name}": value for name, value in metrics.items()}
+
+    def _write_out(self, outcome: Outcome) -> None:
+        problem: str | None = None
+        if distributed.rank() == 0:
+            try:
+                model_files.save(
+                    self.job.out,
+                    self.method,
+                    self.config.model,
+                    tuple(self.config.losses),
+                    self.tokenizer,
+                    transform=self.transform,
+                    max_length=self.max_length,
+                    state=outcome.state,
+                )
+            except OSError as error:
+                problem = f"{self.job.out}: the model could not be written: {error}; make room and run again"
+        problem = distributed.broadcast_object(problem)
+        if problem is not None:
+            raise ValueError(problem)
+
+    def _report(self, outcome: Outcome, sizes: Mapping[str, int]) -> Report:
+        counts = {
+            "steps": outcome.step,
+            "samples_seen": outcome.step * self.config.contrastive_batch,
+            "samples_in_split": len(self.index),
+            "bad_samples": len(outcome.skipped),
+            "parameters": sum(sizes.values()),
+        }
+        return Report(counts, outcome.metrics)
+
+
+class _Shown:
+    """The loop's numbers and progress, to the job; rank 0 speaks."""
+
+    def __init__(self, job: Job, description: str):
+        self.job, self.description = job, description
+        self.speaks = distributed.rank() == 0
+        self._task: Task | None = None
+        self._context: Any = None
+
+    def begin(self, step: int, steps: int) -> None:
+        if not self.speaks:
+            return
+        self.job.tracker.rewind(step)
+        name = self.description if step == 0 else f"{self.description} (from {step:,})"
+        self._context = self.job.progress.task(name, steps - step)
+        self._task = self._context.__enter__()
+
+    def end(self) -> None:
+        if self._context is not None:
+            self._context.__exit__(None, None, None)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        if self.speaks:
+            self.job.tracker.metrics(values, step)
+
+    def advance(self, n: int, **shown: Any) -> None:
+        if self._task is not None:
+            self._task.advance(n, **shown)
+
+    def should_stop(self) -> bool:
+        return self.job.should_stop()
+
+
+def preparation(config: MethodConfig) -> tuple[ImageTransform, int]:
+    """How a method's images and texts are prepared: the transform, and the most tokens a text."""
+    towers: Any = config  # every method's own Config has `vision` and `text`
+    vision = towers.vision
+    return ImageTransform(vision.image_px, vision.mean, vision.std), int(towers.text.max_length)
+
+
+def load_upstream(
+    method: Method,
+    state: Mapping[str, Tensor],
+    new_parts: tuple[str, ...],
+    dropped_parts: tuple[str, ...],
+    source: Path,
+) -> None:
+    """Start `method` from upstream weights. Raises ValueError that names every key that does not fit."""
+    own = method.state_dict()
+    missing = sorted(name for name in set(own) - set(state) if not name.startswith(new_parts or ("\0",)))
+    extra = sorted(name for name in set(state) - set(own) if not name.startswith(dropped_parts or ("\0",)))
+    shapes = sorted(
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in set(own) & set(state)
+        if own[name].shape != state[name].shape
+    )
+    problems = [
+        f"{what}: {', '.join(names)}{remedy}"
+        for what, names, remedy in (
+            ("missing", missing, " (name their beginnings in new_parts to start them from scratch)"),
+            ("unexpected", extra, " (name their beginnings in dropped_parts to leave them out)"),
+            ("of another shape", shapes, ""),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"inputs.weights: {source} does not fit this model; {'; '.join(problems)}")
+    method.load_state_dict({name: state.get(name, value) for name, value in own.items()})
+
+
+def absolute_weights(values: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """A model config in which every `weights`, at any depth, is relative to `directory` no more."""
+    return {
+        key: str(directory / value)
+        if key == "weights" and value is not None
+        else absolute_weights(value, directory)
+        if isinstance(value, Mapping)
+        else value
+        for key, value in values.items()
+    }

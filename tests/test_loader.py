@@ -1,0 +1,277 @@
+"""Order, keyed randomness, skipping and caching of the training loader."""
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools.shards import ShardIndex
+from learning.methods.base import Views
+from learning.tokenizer import Tokenizer, train_wordpiece
+from learning.training.augment import ImageTransform
+from learning.training.loader import (
+    BadSamples,
+    Batches,
+    DataConfig,
+    Failed,
+    Loaded,
+    batches_from,
+    steps_per_epoch,
+)
+from learning.training.randomness import (
+    Permutation,
+    keyed_generator,
+    random_state,
+    set_random_state,
+    stable_hash,
+)
+from tests.training_case import write_corpus
+
+VIEWS = Views(
+    {"image": "plain", "image_a": "augmented", "image_b": "augmented"},
+    {"text": "plain", "text_a": "augmented"},
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"), {"train": 21})
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_wordpiece([f"thing number {n} a content of {n} in words query" for n in range(30)], 150)
+
+
+def batches(
+    corpus: Path, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1, **changed: Any
+) -> Batches:
+    config = DataConfig(**{"cache": "none"} | changed)
+    transform = ImageTransform(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    options = {"seed": 3, "contrastive_batch": 8, "max_length": 12, "rank": rank, "world_size": world_size}
+    index = ShardIndex.open(corpus, "train")
+    return Batches(index, tokenizer, transform, VIEWS, config, **options)
+
+
+def loaded(source: Batches, step: int) -> Loaded:
+    made = source[step]
+    assert isinstance(made, Loaded), made
+    return made
+
+
+def assert_equal(a: Loaded, b: Loaded) -> None:
+    assert a.batch.keys == b.batch.keys
+    for name in a.batch.images:
+        assert torch.equal(a.batch.images[name], b.batch.images[name])
+    for name in a.batch.texts:
+        assert torch.equal(a.batch.texts[name].ids, b.batch.texts[name].ids)
+
+
+@given(size=st.integers(1, 5000), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_permutation_has_every_place_once(size: int, seed: int, epoch: int) -> None:
+    order = Permutation(size, seed, epoch)(np.arange(size))
+    assert np.array_equal(np.sort(order), np.arange(size))
+
+
+@given(size=st.integers(2, 10**12), place=st.integers(0, 10**12))
+@settings(max_examples=60, deadline=None)
+def test_permutation_is_the_same_place_by_place(size: int, place: int) -> None:
+    place %= size
+    order = Permutation(size, 1, 2)
+    alone = order(np.array([place]))[0]
+    assert 0 <= alone < size
+    assert order(np.array([0, place]))[1] == alone
+
+
+def test_permutation_is_shuffled_and_differs_between_epochs_and_seeds() -> None:
+    places = np.arange(2000)
+    orders = [Permutation(2000, seed, epoch)(places) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    for order in orders:
+        assert abs(np.corrcoef(places, order)[0, 1]) < 0.1
+        assert (np.abs(np.diff(order)) == 1).sum() < 10
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (orders[a] == orders[b]).sum() < 10
+
+
+def test_keys_are_stable_between_processes() -> None:
+    # literal values: they must not change from one version to the next, or a resume would change its data
+    assert stable_hash(1, 23) != stable_hash(12, 3)
+    assert stable_hash("a", 1) == 6962120981034877120
+    assert torch.rand((), generator=keyed_generator(1, "k")) == torch.rand(
+        (), generator=keyed_generator(1, "k")
+    )
+
+
+def test_random_state_comes_back() -> None:
+    state = random_state()
+    drawn = (random.random(), np.random.rand(), torch.rand(3))
+    set_random_state(state)
+    again = (random.random(), np.random.rand(), torch.rand(3))
+    assert drawn[:2] == again[:2]
+    assert torch.equal(drawn[2], again[2])
+
+
+def test_every_sample_once_an_epoch_but_for_the_dropped_batch(corpus: Path, tokenizer: Tokenizer) -> None:
+    source = batches(corpus, tokenizer)
+    assert source.per_epoch == steps_per_epoch(21, 8) == 2
+    orders = []
+    for epoch in range(4):
+        rows = [source.samples(epoch * 2 + step) for step in range(2)]
+        assert {own for own, _ in rows} == {epoch}
+        positions = np.concatenate([own for _, own in rows])
+        assert len(set(positions.tolist())) == 16
+        orders.append(positions.tolist())
+    assert len({tuple(order) for order in orders}) == 4
+    assert len(set().union(*orders)) == 21  # what one epoch drops, another has
+
+
+@given(world_size=st.sampled_from([1, 2, 4, 8]), step=st.integers(0, 9))
+@settings(max_examples=20, deadline=None)
+def test_any_number_of_ranks_reads_the_same_global_batches(
+    corpus: Path, tokenizer: Tokenizer, world_size: int, step: int
+) -> None:
+    whole = loaded(batches(corpus, tokenizer), step).batch
+    parts = [loaded(batches(corpus, tokenizer, r, world_size), step).batch for r in range(world_size)]
+    assert [key for part in parts for key in part.keys] == whole.keys
+    for name, image in whole.images.items():
+        assert torch.equal(torch.cat([part.images[name] for part in parts]), image)
+    for name, texts in whole.texts.items():
+        rows = [
+            row[mask.bool()]
+            for p in parts
+            for row, mask in zip(p.texts[name].ids, p.texts[name].mask, strict=True)
+        ]
+        for row, ids, mask in zip(rows, texts.ids, texts.mask, strict=True):
+            assert torch.equal(row, ids[mask.bool()])
+
+
+def test_choices_hang_on_seed_epoch_and_key_alone(corpus: Path, tokenizer: Tokenizer) -> None:
+    source = batches(corpus, tokenizer)
+    first = loaded(source, 0)
+    torch.manual_seed(99)  # the process's own state plays no part
+    random.seed(99)
+    assert_equal(first, loaded(batches(corpus, tokenizer), 0))
+    assert not torch.equal(first.batch.images["image_a"], first.batch.images["image_b"])
+    key = first.batch.keys[0]
+    later = next(  # the same sample in another epoch: the plain view is the same, the augmented one is not
+        (made.batch, made.batch.keys.index(key))
+        for made in (loaded(source, step) for step in range(2, 20))
+        if key in made.batch.keys
+    )
+    assert torch.equal(first.batch.images["image"][0], later[0].images["image"][later[1]])
+    assert not torch.equal(first.batch.images["image_a"][0], later[0].images["image_a"][later[1]])
+
+
+def test_a_field_is_drawn_evenly_before_a_text_of_it(corpus: Path, tokenizer: Tokenizer) -> None:
+    source = batches(corpus, tokenizer)
+    key = source.index.keys[0]
+    drawn = Counter(source._text(epoch, 0, key).split()[0] for epoch in range(900))
+    # three queries weigh as much as the one title; "thing …" is the title, "a …" the content
+    assert set(drawn) == {"thing", "a", "query"}
+    assert all(240 < count < 360 for count in drawn.values()), drawn
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_prefetch_gives_the_same_from_any_start(corpus: Path, tokenizer: Tokenizer, cache: str) -> None:
+    straight = list(batches_from(batches(corpus, tokenizer, cache=cache), 0, 6))
+    resumed = list(batches_from(batches(corpus, tokenizer, cache=cache), 4, 6))
+    assert len(straight) == 6
+    for a, b in zip(straight[4:], resumed, strict=True):
+        assert isinstance(a, Loaded) and isinstance(b, Loaded)
+        assert_equal(a, b)
+
+
+def test_a_full_cache_changes_nothing(corpus: Path, tokenizer: Tokenizer) -> None:
+    roomy = batches(corpus, tokenizer, cache="memory")
+    full = batches(corpus, tokenizer, cache="memory")
+    full._cache_left = 4000  # three pictures of 20 × 24 px
+    for step in range(4):
+        assert_equal(loaded(roomy, step), loaded(full, step))
+    assert len(full._pictures) < 5 < len(roomy._pictures)
+    kept = next(iter(roomy._pictures.values()))
+    assert kept.dtype == torch.uint8
+    assert min(kept.shape[1:]) == 20  # 1.25 × 16, from 40
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same(corpus: Path, tokenizer: Tokenizer) -> None:
+    for a, b in zip(
+        batches_from(batches(corpus, tokenizer, workers=2), 1, 6),
+        batches_from(batches(corpus, tokenizer), 1, 6),
+        strict=True,
+    ):
+        assert isinstance(a, Loaded) and isinstance(b, Loaded)
+        assert_equal(a, b)
+
+
+def test_a_bad_picture_is_replaced_and_no_other_row_changes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    good = write_corpus(tmp_path / "good", {"train": 21})
+    bad = write_corpus(
+        tmp_path / "bad", {"train": 21}, {4: b"<html>gone</html>", 9: b"\x89PNG\r\n\x1a\nshort"}
+    )
+    seen: set[str] = set()
+    for step in range(10):
+        expected = loaded(batches(good, tokenizer), step)
+        whole = loaded(batches(bad, tokenizer), step)
+        parts = [loaded(batches(bad, tokenizer, r, 2), step) for r in range(2)]
+        assert [key for part in parts for key in part.batch.keys] == whole.batch.keys
+        for row, key in enumerate(expected.batch.keys):
+            if key in ("train0004", "train0009"):
+                assert whole.batch.keys[row] not in ("train0004", "train0009")
+            else:
+                assert whole.batch.keys[row] == key
+                assert torch.equal(whole.batch.images["image_a"][row], expected.batch.images["image_a"][row])
+        seen |= set(whole.skipped)
+    assert seen == {"train0004", "train0009"}
+
+
+def test_too_many_bad_samples_are_named_with_their_shard(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    corpus = write_corpus(tmp_path, {"train": 21}, dict.fromkeys(range(21), b"no picture"))
+    made = batches(corpus, tokenizer)[0]
+    assert isinstance(made, Failed)
+    assert "train/train-00000.tar" in made.message
+    assert "in a row" in made.message
+    bad = BadSamples(limit=1)
+    assert bad.add({"k1": "shard 1: k1"}) == {"k1": "shard 1: k1"}
+    assert bad.too_many() is None
+    assert bad.add({"k1": "again"}) == {}
+    bad.add({"k2": "shard 2: k2"})
+    message = bad.too_many()
+    assert message is not None
+    assert "2 bad samples" in message and "shard 2: k2" in message and "max_bad_share" in message
+
+
+def test_a_shard_that_vanishes_or_shrinks_stops_with_its_name(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    corpus = write_corpus(tmp_path, {"train": 21})
+    source = batches(corpus, tokenizer)
+    shard = corpus / "train/train-00000.tar"
+    shard.write_bytes(shard.read_bytes()[:600])
+    told = [source[step] for step in range(4)]
+    failed = [made for made in told if isinstance(made, Failed)]
+    assert failed
+    assert "train-00000.tar" in failed[0].message
+    shard.unlink()
+    made = batches_after_unlink(source)
+    assert "train-00000.tar" in made.message
+
+
+def batches_after_unlink(source: Batches) -> Failed:
+    source.index.close()
+    failed = [made for made in (source[step] for step in range(4)) if isinstance(made, Failed)]
+    return failed[0]
+
+
+def test_wrong_sizes_are_refused(corpus: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="contrastive_batch: 8 does not divide by 3 ranks"):
+        batches(corpus, tokenizer, 0, 3)
+    with pytest.raises(ValueError, match="the split has 5 samples"):
+        steps_per_epoch(5, 8)
+    with pytest.raises(ValueError, match=r"data.workers: 0"):
+        DataConfig(cache="memory", workers=2)

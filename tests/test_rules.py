@@ -1,0 +1,239 @@
+"""The filter's rules: one reason a row, in the documented order; words counted alike in SQL and Python."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import ibis
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools.errors import DataError
+from data_tools.rules import (
+    REASONS,
+    FilterRules,
+    count_words,
+    judge,
+    listed_pattern,
+    read_listed_words,
+    word_count,
+)
+from tests.data_helpers import row
+
+SIZES: dict[str, Any] = {"width": 200, "height": 200}
+
+
+def judged(rows: list[dict[str, Any]], **rules: Any) -> pd.DataFrame:
+    frame = pd.DataFrame(rows)
+    for name in ("width", "height"):
+        if name in frame:
+            frame[name] = frame[name].astype("Int64")
+    connection = ibis.duckdb.connect()
+    return connection.execute(judge(ibis.memtable(frame), FilterRules(**rules)))
+
+
+def reasons(rows: list[dict[str, Any]], **rules: Any) -> list[str | None]:
+    """In the order of the rows, which must differ in url."""
+    frame = judged(rows, **rules).set_index("url")["reason"]
+    return [frame[r["url"]] if isinstance(frame[r["url"]], str) else None for r in rows]
+
+
+BREAKS: dict[str, dict[str, Any]] = {
+    "bad_url": {"url": "ftp://site.example/x.webp"},
+    "too_small": {"width": 99, "height": 300},
+    "bad_aspect": {"width": 801, "height": 200},
+    "query_too_short": {"query": "panda"},
+    "query_too_long": {"query": "a " * 129},
+    "title_too_short": {"title": "panda"},
+    "title_too_long": {"title": "红" * 129},
+    "content_too_long": {"content": "a " * 129},
+    "listed_word": {"content": "what a Blorptox, really"},
+    "few_shows": {"show": 19, "click": 19},
+    "low_ctr": {"show": 100, "click": 9},
+}
+
+
+@pytest.mark.parametrize("reason", BREAKS)
+def test_each_rule_alone(reason: str) -> None:
+    good = row(**SIZES, url="http://site.example/good.webp")
+    bad = row(**SIZES) | BREAKS[reason]
+    assert reasons([good, bad], listed_words=("blorptox",)) == [None, reason]
+
+
+def test_a_row_that_breaks_several_rules_has_the_first_reason() -> None:
+    names = list(BREAKS)
+    assert names == [name for name in REASONS if name in BREAKS]  # the documented order
+    for place, name in enumerate(names):
+        changes: dict[str, Any] = {}
+        for later in reversed(names[place:]):
+            changes |= BREAKS[later]
+        assert reasons([row(**SIZES) | changes], listed_words=("blorptox",)) == [name]
+
+
+def test_limits_are_inclusive() -> None:
+    rows = [
+        row(url="http://a.example/1", width=100, height=400),
+        row(url="http://a.example/2", width=400, height=100),
+        row(url="http://a.example/3", query="a " * 128, title="红" * 128, content="b " * 128),
+        row(url="http://a.example/4", query="红色", show=20, click=2),
+    ]
+    assert reasons([r | {k: r.get(k, 200) for k in SIZES} for r in rows]) == [None] * 4
+
+
+def test_sizes_that_the_log_has_not_are_no_reason() -> None:
+    assert reasons([row(width=None, height=None)]) == [None]
+    assert reasons([row()]) == [None]  # a log without the columns
+    assert reasons([row(width=500, height=None)]) == [None]
+    assert reasons([row(width=50, height=None)]) == ["too_small"]  # whatever the other side is
+
+
+def test_a_row_never_shown_is_few_shows_even_without_a_minimum() -> None:
+    assert reasons([row(show=0, click=0)], min_show=0, min_ctr=0.0) == ["few_shows"]
+
+
+def test_no_row_is_lost_or_made(tmp_path: Path) -> None:
+    rows = [
+        row(query=f"query {i % 7}", url=f"http://a.example/{i}", show=i, click=i // 3) for i in range(300)
+    ]
+    frame = judged(rows, best_per_query=5)
+    assert sorted(frame["url"]) == sorted(r["url"] for r in rows)
+    assert set(frame["reason"].dropna()) <= set(REASONS)
+
+
+def test_best_per_query_ranks_what_is_left_and_breaks_ties_by_shows_then_url() -> None:
+    rows = [
+        row(url="http://a.example/low", show=100, click=20),
+        row(url="http://a.example/b", show=100, click=50),
+        row(url="http://a.example/a", show=100, click=50),
+        row(url="http://a.example/more", show=200, click=100),
+        row(url="http://a.example/top-but-small", show=100, click=99, width=10, height=10),
+        row(url="http://a.example/other", query="blue bird", show=100, click=11),
+    ]
+    rows = [{"width": None, "height": None} | r for r in rows]
+    assert reasons(rows, best_per_query=2) == [
+        "not_among_best",
+        "not_among_best",
+        None,
+        None,
+        "too_small",  # it does not take a place
+        None,
+    ]
+    assert reasons(rows, best_per_query=None).count("not_among_best") == 0
+
+
+def test_the_same_pair_twice_keeps_the_row_with_more_shows() -> None:
+    frame = judged([row(show=50, click=20), row(show=80, click=20), row(show=80, click=30)])
+    kept = frame[frame["reason"].isna()]
+    assert kept[["show", "click"]].to_numpy().tolist() == [[80, 30]]
+    assert frame["reason"].dropna().tolist() == ["repeated_pair"] * 2
+
+
+def test_wilson_bound() -> None:
+    def lower(click: int, show: int) -> float:  # Wilson 1927, as textbooks write it
+        z, p = 1.959963984540054, click / show
+        centre = (p + z * z / (2 * show)) / (1 + z * z / show)
+        half = z / (1 + z * z / show) * math.sqrt(p * (1 - p) / show + z * z / (4 * show * show))
+        return centre - half
+
+    bound = lower(30, 100)
+    assert reasons([row()], ctr_bound="wilson", min_ctr=bound - 1e-9) == [None]
+    assert reasons([row()], ctr_bound="wilson", min_ctr=bound + 1e-9) == ["low_ctr"]
+    few = [
+        row(url="http://a.example/few", show=10, click=5),
+        row(url="http://a.example/many", show=1000, click=490),
+    ]
+    assert reasons(few, ctr_bound="wilson", min_show=1, best_per_query=1) == ["not_among_best", None]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", 0),
+        ("   ", 0),
+        ("panda", 1),
+        ("hello, world", 2),
+        ("a\u00a0b\u3000c\td\ne", 5),
+        ("红色熊猫", 4),
+        ("红色 panda 2024", 4),
+        ("panda熊猫panda", 4),
+        ("你好，世界！", 4),
+        ("，。！", 0),
+        ("パンダの絵", 5),
+        ("ー", 1),
+        ("𠀀𠮷", 2),
+        ("빨간 판다", 2),
+        ("красная панда", 2),
+        ("don't stop", 2),
+        ("- -", 2),
+    ],
+)
+def test_words_are_counted_as_documented(text: str, words: int) -> None:
+    assert count_words(text) == words
+    connection = ibis.duckdb.connect()
+    assert connection.execute(word_count(ibis.literal(text))) == words
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(ANY_TEXT, max_size=60))
+def test_sql_and_python_count_the_same(texts: list[str]) -> None:
+    connection = ibis.duckdb.connect()
+    table = ibis.memtable(pd.DataFrame({"i": range(len(texts) + 1), "s": [*texts, "end"]}))
+    found = connection.execute(table.mutate(n=word_count(table.s)).order_by("i"))["n"].tolist()
+    assert found == [count_words(text) for text in [*texts, "end"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "hit"),
+    [
+        ("a blorptox", True),
+        ("BLORPTOX!", True),
+        ("红blorptox红", True),
+        ("blorptoxes", False),
+        ("éblorptox", False),
+        ("他说禁词了", True),
+        ("c++ is", True),
+        ("a.b", True),
+        ("axb", False),
+        ("one $x(1) two", True),
+    ],
+)
+def test_listed_words_match_as_documented(text: str, hit: bool) -> None:
+    words = ("Blorptox", "禁词", "C++", "a.b", "$x(1)")
+    expected = "listed_word" if hit else None
+    assert reasons([row(title=f"title: {text}")], listed_words=words) == [expected]
+
+
+def test_no_listed_words_is_no_pattern() -> None:
+    assert listed_pattern(()) is None
+
+
+def test_word_list_file(tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("# comment\n\n  one two \n词\n", encoding="utf-8")
+    assert read_listed_words(path) == ("one two", "词")
+    path.write_text("fine\nbad[word\n")
+    with pytest.raises(DataError, match="line 2"):
+        read_listed_words(path)
+    path.write_text("# nothing\n")
+    with pytest.raises(DataError, match="no words"):
+        read_listed_words(path)
+    path.write_bytes("词".encode("gb18030"))
+    with pytest.raises(DataError, match="invalid UTF-8"):
+        read_listed_words(path)
+    with pytest.raises(DataError, match="no such word list"):
+        read_listed_words(tmp_path / "none.txt")
+
+
+def test_the_expression_compiles_for_spark() -> None:
+    names = {"query": "string", "url": "string", "title": "string", "content": "string"}
+    numbers = dict.fromkeys(("show", "click", "width", "height"), "int64")
+    log = ibis.table(names | numbers, name="log")
+    rules = FilterRules(listed_words=("one", "词"), ctr_bound="wilson")
+    sql = ibis.to_sql(judge(log, rules), dialect="databricks")  # Spark SQL; needs no Spark to write it
+    assert sql.count("ROW_NUMBER() OVER") == 2
+    assert "\\\\" not in sql  # a backslash would read differently in Spark's string literals

@@ -1,0 +1,1 @@
+"""Stages for the pipeline's tests: real ones, that take no time."""
