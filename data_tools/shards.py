@@ -215,6 +215,14 @@ class ShardIndex:
         _allow_open_files(len(manifest["shards"]))
         return cls(directory, table, f"{directory.name}:{split or 'all'}")
 
+    @property
+    def sha256(self) -> str:
+        """Of what its samples are, in their order: keys and the checksums of the pictures."""
+        digest = hashlib.sha256()
+        for key, picture in zip(self.keys, self._table["sha256"].to_pylist(), strict=True):
+            digest.update(f"{key} {picture}\n".encode())
+        return digest.hexdigest()
+
     @staticmethod
     def splits(directory: Path) -> dict[str, int]:
         """The splits of a corpus, with how many samples each has."""

@@ -3,7 +3,7 @@
 import copy
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from learning.training.engine import Engine, read_deepspeed_config
 from learning.training.loader import Batches
 from learning.training.loop import Outcome, Plan, fit
 from learning.training.randomness import stable_hash
+from learning.training.tower_tokens import TowerTokens, identity
 from stages.base import Job, Report, StageError, Stopped, Task
 from stages.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"  # in the stage's directory, where it was trained here
+TOWER_TOKENS = "tower_tokens"  # in the stage's directory, with data.cache: tokens
 
 
 def run_training(config: TrainingConfig, job: Job) -> Report:
@@ -95,6 +97,7 @@ class _Training:
         if distributed.rank() == 0:
             job.tracker.params({f"parameters/{part}": count for part, count in sizes.items()})
         torch.manual_seed(stable_hash(job.seed, "rank", distributed.rank()))  # dropout differs between ranks
+        self._fill_tower()
         shown = _Shown(job, f"{config.kind}: steps")
         try:
             outcome = fit(
@@ -113,14 +116,34 @@ class _Training:
         engine.close()
         return self._report(outcome, sizes)
 
-    def _tower(self) -> Callable[[Tensor], Tensor] | None:
-        """A copy of the frozen image tower for data.cache: the engine may split or cast the method's."""
+    def _tower(self) -> TowerTokens | None:
+        """For data.cache, by a copy of the frozen image tower: the engine may split or cast the method's."""
         tower = self.method.frozen_image_tower()
         if tower is None or self.config.data.cache != "tokens":
             return None
         device = distributed.device()
         own = copy.deepcopy(tower).eval().to(device)
-        return lambda pixels: own(pixels.to(device))
+        pixels = self.transform
+        name = identity(own, pixels.image_px, pixels.mean, pixels.std, self.index.sha256)
+        return TowerTokens(
+            lambda pixels: own(pixels.to(device)),
+            len(self.index),
+            (own.tokens, own.width),
+            self.job.directory / TOWER_TOKENS,
+            name,
+        )
+
+    def _fill_tower(self) -> None:
+        """Raises Stopped when a rank was asked to."""
+        tower, job = self.batches.tower, self.job
+        if tower is None:
+            return
+        earlier = [] if self.upstream is None else [self.upstream / TOWER_TOKENS]
+        share = len(range(distributed.rank(), len(self.index), distributed.world_size()))
+        with job.progress.task(f"{self.config.kind}: the image tower, pictures", share) as task:
+            whole = tower.fill(self.batches.plain_pixels, earlier, task.advance, job.should_stop)
+        if not whole:
+            raise Stopped("before the first step: the image tower was running; run again to go on")
 
     def _plan(self) -> Plan:
         config = self.config

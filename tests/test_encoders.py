@@ -200,6 +200,44 @@ def test_tokens_of_a_map_go_row_by_row() -> None:
             torch.testing.assert_close(flat[0, row * 3 + column], grid[0, :, row, column])
 
 
+def test_levels_stand_beside_the_last_map_and_the_grid_averages() -> None:
+    tower = VisionEncoder(
+        VisionConfig(name="tf_efficientnet_lite0", image_px=64, levels=(3, 4), grid=1)
+    ).eval()
+    images = torch.randn(2, 3, 64, 64)
+    found = tower(images)
+    assert (tower.tokens, tower.width) == (1, 1280 + 4 * 112 + 320) == found.shape[1:]
+    maps: dict[str, Tensor] = {}
+    net: Any = tower.backbone
+    handles = [
+        net.blocks[i].register_forward_hook(lambda _, __, out, i=i: maps.update({f"{i}": out}))
+        for i in (4, 6)
+    ]
+    last = net(images)
+    for handle in handles:
+        handle.remove()
+    normal = torch.nn.functional.layer_norm
+    for row in range(2):
+        cells = []
+        for y in range(2):
+            for x in range(2):
+                finer = torch.stack(
+                    [maps["4"][row, :, 2 * y + dy, 2 * x + dx] for dy in (0, 1) for dx in (0, 1)], dim=1
+                ).flatten()
+                parts = [last[row, :, y, x], normal(finer, (448,)), normal(maps["6"][row, :, y, x], (320,))]
+                cells.append(torch.cat(parts))
+        torch.testing.assert_close(found[row, 0], torch.stack(cells).mean(0))
+    whole = VisionEncoder(VisionConfig(name="tf_efficientnet_lite0", image_px=64, levels=(4,)))
+    assert (whole.tokens, whole.width) == (4, 1600)
+
+
+def test_levels_that_a_model_has_not_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.vision\.levels: resnet10t does not give the maps \[9\]"):
+        VisionEncoder(VisionConfig(name="resnet10t", image_px=64, levels=(9,)))
+    with pytest.raises(ValueError, match=r"are for CNNs; vit_tiny_patch16_224 has no map"):
+        VisionEncoder(VisionConfig(name="vit_tiny_patch16_224", image_px=64, grid=2))
+
+
 def test_a_backbone_with_channels_last_is_read_row_by_row_too() -> None:
     options = {"name": "swin_tiny_patch4_window7_224", "image_px": 224}
     with torch.device("meta"):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import timm
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -49,20 +50,28 @@ class VisionConfig(BaseModel):
     frozen: tuple[str, ...] = Field(
         default=(), description="timm's names of parts that keep both, say conv_stem; the rest learns"
     )
+    levels: tuple[int, ...] = Field(
+        default=(),
+        description="timm's feature indices of earlier maps of a CNN that stand beside the last map in each "
+        "token, finer ones folded into channels, each normalised over its channels (hypercolumns)",
+    )
+    grid: int | None = Field(
+        default=None, ge=1, description="tokens a side: a CNN's maps are averaged to it; null: the map's own"
+    )
 
 
 class VisionEncoder(nn.Module):
     """(b, 3, h, w) images to (b, n, `width`) tokens, n = `tokens`, of a timm backbone without its classifier.
 
     A CNN's map is read row by row; a ViT gives its patches, and the tokens before them ([CLS]) first.
-    Raises ValueError for a name that timm has not (with near ones), and for weights that do not fit.
+    Raises ValueError for a name that timm has not (with near ones), for weights that do not fit, and for
+    levels or a grid that the model cannot give.
     """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
         self.backbone = _create(config)
-        self.channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
         self.tokens, self.width = self._shape()
         if config.weights is not None:
             self._load(config.weights)
@@ -85,7 +94,7 @@ class VisionEncoder(nn.Module):
         images = images.to(dtype).contiguous(memory_format=torch.channels_last)  # the faster layout for CNNs
         learns = any(parameter.requires_grad for parameter in self.backbone.parameters())
         with nullcontext() if learns else torch.no_grad():
-            return self._flat(self.backbone(images))
+            return _tokens(self.backbone, images, self.config)
 
     def train(self, mode: bool = True) -> "VisionEncoder":
         """As torch's; but a frozen backbone stays in evaluation mode, and so do frozen statistics."""
@@ -112,25 +121,19 @@ class VisionEncoder(nn.Module):
             )
         return [modules[name] for name in self.config.frozen]
 
-    def _flat(self, features: Tensor) -> Tensor:
-        if features.ndim == 3:
-            return features
-        if not self.channels_last:
-            features = features.permute(0, 2, 3, 1)
-        return features.flatten(1, 2)
-
     def _shape(self) -> tuple[int, int]:
         """Tokens and their width, found without computing: the backbone runs on the meta device."""
-        state = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
         side = self.config.image_px
         images = torch.empty(1, 3, side, side, device="meta")
         training = self.backbone.training
         self.backbone.eval()
+        whole = _Whole(self.backbone, self.config)
+        state = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
         with torch.no_grad():
             there = {name: value.to("meta") for name, value in state.items()}
-            features = self._flat(torch.func.functional_call(self.backbone, there, (images,)))
+            tokens = torch.func.functional_call(whole, there, (images,))
         self.backbone.train(training)
-        return features.shape[1], features.shape[2]
+        return tokens.shape[1], tokens.shape[2]
 
     def _load(self, path: Path) -> None:
         field = "model.vision.weights"
@@ -142,6 +145,59 @@ class VisionEncoder(nn.Module):
         named = preset.get("classifier") or ()
         heads = (named,) if isinstance(named, str) else tuple(named)
         load_by_name(self.backbone, found, [f"{head}." for head in heads], f"{field}: {path}")
+
+
+class _Whole(nn.Module):
+    """A backbone and what makes tokens of its maps, as one module that can be called with other weights."""
+
+    def __init__(self, backbone: nn.Module, config: VisionConfig):
+        super().__init__()
+        self.backbone, self.config = backbone, config
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _tokens(self.backbone, images, self.config)
+
+
+def _tokens(backbone: Any, images: Tensor, config: VisionConfig) -> Tensor:
+    """(b, n, v): the backbone's last map, and its `levels` beside it, as tokens."""
+    if not config.levels and config.grid is None:
+        features = backbone(images)
+        if features.ndim == 3:
+            return features
+        if getattr(backbone, "output_fmt", "NCHW") != "NHWC":
+            features = features.permute(0, 2, 3, 1)
+        return features.flatten(1, 2)
+    last, maps = _maps(backbone, images, config)
+    columns = torch.cat([last, *(_folded(each, last.shape[-1]) for each in maps)], dim=1)
+    if config.grid is not None:
+        columns = F.adaptive_avg_pool2d(columns, config.grid)
+    return columns.flatten(2).transpose(1, 2)
+
+
+def _maps(backbone: Any, images: Tensor, config: VisionConfig) -> tuple[Tensor, list[Tensor]]:
+    """The last map and those of `levels`, (b, c, h, w) each. Raises ValueError for a model without them."""
+    try:
+        if config.levels:
+            last, maps = backbone.forward_intermediates(images, indices=list(config.levels))
+        else:
+            last, maps = backbone(images), []
+    except (AttributeError, AssertionError, IndexError) as error:
+        raise ValueError(
+            f"model.vision.levels: {config.name} does not give the maps {list(config.levels)}: {error}"
+        ) from error
+    if last.ndim != 4 or getattr(backbone, "output_fmt", "NCHW") == "NHWC":
+        raise ValueError(f"model.vision.levels and grid are for CNNs; {config.name} has no map (b, c, h, w)")
+    return last, maps
+
+
+def _folded(maps: Tensor, side: int) -> Tensor:
+    """An earlier map on the last one's grid, finer cells as channels, normalised over its channels."""
+    finer, rest = divmod(maps.shape[-1], side)
+    if rest == 0 and maps.shape[-2] == maps.shape[-1]:
+        maps = F.pixel_unshuffle(maps, finer)
+    else:
+        maps = F.adaptive_avg_pool2d(maps, side)
+    return F.layer_norm(maps.movedim(1, -1), maps.shape[1:2]).movedim(-1, 1)
 
 
 def _create(config: VisionConfig) -> nn.Module:

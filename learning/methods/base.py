@@ -10,6 +10,8 @@ from jaxtyping import Float, Int64
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from learning.encoders.vision import VisionEncoder
+
 ImageView = Literal["plain", "augmented"]
 TextView = Literal["plain", "augmented"]
 
@@ -98,7 +100,7 @@ class Method(nn.Module, ABC):
     def embed_texts(self, texts: Texts) -> Float[Tensor, "b d"]:
         """Unit-length text embeddings."""
 
-    def frozen_image_tower(self) -> nn.Module | None:
+    def frozen_image_tower(self) -> VisionEncoder | None:
         """Images (b, 3, h, w) → tokens (b, n, v), if it never learns: `forward` reads Batch.tokens."""
         return None
 

@@ -68,7 +68,7 @@ class Clip(Method):
         if "ccl" not in losses:
             self.temperature.requires_grad_(False)
 
-    def frozen_image_tower(self) -> nn.Module | None:
+    def frozen_image_tower(self) -> VisionEncoder | None:
         return None if self.config.vision.trainable else self.vision
 
     def views(self) -> Views:

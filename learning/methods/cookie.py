@@ -169,7 +169,7 @@ class Cookie(Method):
         if not set(losses) - {"hinge"}:
             self.temperature.requires_grad_(False)
 
-    def frozen_image_tower(self) -> nn.Module | None:
+    def frozen_image_tower(self) -> VisionEncoder | None:
         return None if self.config.vision.trainable else self.vision
 
     def views(self) -> Views:

@@ -5,8 +5,9 @@ batch; text choice, augmentation and the replacement of a bad sample are drawn f
 epoch, sample key). So a resume costs no scan, and any number of ranks reads the same global batches.
 """
 
+import functools
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from learning.methods.base import Batch, Texts, Views
 from learning.tokenizer import Tokenizer
 from learning.training.augment import ImageTransform, augment_tokens
 from learning.training.randomness import Permutation, keyed_generator, stable_hash
+from learning.training.tower_tokens import TowerTokens
 
 CACHE_MARGIN = 1.25  # a cached picture's shorter side, as a multiple of image_px, at most
 PREFETCH = 2  # batches made ahead
@@ -47,7 +49,7 @@ class DataConfig(BaseModel):
     cache: Literal["none", "memory", "tokens"] = Field(
         default="none",
         description=f"memory: keep decoded pictures, the shorter side at most {CACHE_MARGIN} × image_px; "
-        "tokens: also what a frozen image tower gives for the plain view: it runs once a picture",
+        "tokens: also what a frozen image tower gives for the plain view, on disk: it runs once a picture",
     )
     cache_mb: int = Field(default=4096, ge=1, description="a rank's share of memory for the cache, MiB")
     max_pixels: int = Field(
@@ -133,9 +135,9 @@ class Batches(Dataset[Loaded | Failed]):
         max_length: int,
         rank: int,
         world_size: int,
-        tower: Callable[[Tensor], Tensor] | None = None,
+        tower: TowerTokens | None = None,
     ):
-        """`max_length` in tokens. `tower`: the frozen image tower, (1, 3, h, w) → (1, n, v), for the cache.
+        """`max_length` in tokens. `tower`: what the frozen image tower gives, for `data.cache: tokens`.
 
         Raises ValueError when the batch does not divide by `world_size`.
         """
@@ -157,7 +159,6 @@ class Batches(Dataset[Loaded | Failed]):
         self._vocabulary_size = tokenizer.vocabulary_size  # once: it is counted anew each time
         self._pictures: dict[int, Tensor] = {}
         self._texts: dict[int, list[list[str]]] = {}
-        self._tower_tokens: dict[int, Tensor] = {}
         self._cache_left = config.cache_mb * 2**20 if config.cache != "none" else 0
 
     def samples(self, step: int) -> tuple[int, Int64[np.ndarray, " b"]]:
@@ -217,34 +218,25 @@ class Batches(Dataset[Loaded | Failed]):
 
     def _images(self, epoch: int, position: int, key: str) -> dict[str, Tensor]:
         """By view: pixels, or the frozen tower's tokens (`_by_tower`)."""
-        picture = self._picture(position, key)
+        picture = functools.cache(lambda: self._picture(position, key))  # decoded where a view needs it
         made = {}
         for name, how in self.views.images.items():
-            if self._by_tower(name):
-                made[name] = self._tokens_of(position, picture)
+            if self.tower is not None and self._by_tower(name):
+                made[name] = self.tower.row(position, lambda: self.transform.plain(picture()))
             elif how == "plain":
-                made[name] = self.transform.plain(picture)
+                made[name] = self.transform.plain(picture())
             else:
                 made[name] = self.transform.augmented(
-                    picture, keyed_generator(self.seed, epoch, key, "image", name)
+                    picture(), keyed_generator(self.seed, epoch, key, "image", name)
                 )
         return made
 
-    def _tokens_of(self, position: int, picture: Image.Image | Tensor) -> Tensor:
-        """The frozen tower's tokens of the plain view, (n, v), from the cache once they were made.
-
-        One picture at a time: what comes out depends on no other picture, so a resume changes no bit.
-        """
-        known = self._tower_tokens.get(position)
-        if known is not None:
-            return known
-        assert self.tower is not None
-        with torch.no_grad():
-            tokens = self.tower(self.transform.plain(picture)[None])[0]
-        if tokens.nbytes <= self._cache_left:
-            self._cache_left -= tokens.nbytes
-            self._tower_tokens[position] = tokens
-        return tokens
+    def plain_pixels(self, position: int) -> Tensor | None:
+        """The plain view of a sample, (3, p, p); None when the picture cannot be read."""
+        try:
+            return self.transform.plain(self._picture(position, self.index.keys[position]))
+        except PictureError:
+            return None  # it is told when a batch asks for it
 
     def _picture(self, position: int, key: str) -> Image.Image | Tensor:
         """The picture: decoded, or from the cache. What is in the cache never changes what is returned."""
