@@ -28,7 +28,8 @@ app = typer.Typer(
 
       tandem results recipes/demo.yaml    the recall table
 
-    Exit codes: 0 done, 2 a mistake that you can mend (or a full disk), 75 stopped (run it again), 1 a crash.
+    Exit codes: 0 done, 2 a mistake that you can mend (or a full disk), 75 stopped (run it again), 76 a rank
+    stood still and is named (run it again), 1 a crash.
     """,
     no_args_is_help=True,
     add_completion=False,
@@ -49,6 +50,15 @@ TrackingOption = Annotated[
     str | None,
     typer.Option(
         "--tracking-uri", help="MLflow server or database; 'off': none. Default: the recipe's", metavar="URI"
+    ),
+]
+
+StopAfterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--stop-after",
+        help="save and end within this time (3h50m), exit code 75; also TANDEM_STOP_AT, in unix seconds",
+        metavar="TIME",
     ),
 ]
 
@@ -117,11 +127,13 @@ def _run(
     first: str | None,
     last: str | None,
     uri: str | None,
+    stop_after: str | None,
     json_: bool,
 ) -> None:
-    from pipeline import runner
+    from pipeline import runner, stop_time
 
-    request = runner.Request(recipe, root, tuple(overrides), first, last, uri)
+    stop_at = stop_time.stop_at(stop_after)
+    request = runner.Request(recipe, root, tuple(overrides), first, last, uri, stop_at)
     console = _console(stderr=json_)
     ran = runner.run(request, console)
     if json_:
@@ -141,12 +153,13 @@ def run(
     ] = None,
     until: Annotated[str | None, typer.Option("--until", help="end with this stage", metavar="STAGE")] = None,
     tracking_uri: TrackingOption = None,
+    stop_after: StopAfterOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Run the recipe: what is done is reused, what was interrupted goes on.
 
     Ctrl-C (or SIGTERM) once stops after the current step and saves, twice stops at once. The same command
-    goes on, also after a crash, a kill or a power cut.
+    goes on, also after a crash, a kill or a power cut. With --stop-after all is saved within that time.
 
       tandem run recipes/demo.yaml
 
@@ -154,7 +167,7 @@ def run(
 
       tandem run recipes/demo.yaml --set stages.finetune.epochs=14
     """
-    _run(recipe, root, overrides, from_, until, tracking_uri, json_)
+    _run(recipe, root, overrides, from_, until, tracking_uri, stop_after, json_)
 
 
 @app.command()
@@ -166,13 +179,14 @@ def stage(
     root: RootOption = _ROOT,
     overrides: SetOption = _UNCHANGED,
     tracking_uri: TrackingOption = None,
+    stop_after: StopAfterOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Run one stage; what it reads must be done.
 
     tandem stage recipes/demo.yaml pretrain_1
     """
-    _run(recipe, root, overrides, stage, stage, tracking_uri, json_)
+    _run(recipe, root, overrides, stage, stage, tracking_uri, stop_after, json_)
 
 
 @app.command()

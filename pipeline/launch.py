@@ -16,6 +16,7 @@ from pipeline import events, logs
 from pipeline.progress import Display
 from pipeline.warden import Warden
 from pipeline.worker import CRASHED, DONE, PARENT_VARIABLE, STOPPED, USER_ERROR
+from stages.base import STALLED
 
 GRACE_S = 10.0  # after one rank failed: the others wait for it in a collective, and are killed
 STOP_GRACE_S = 120.0  # after one rank stopped: all stop at the same step, and save
@@ -191,12 +192,14 @@ class Launcher:
         asked = (-signal.SIGTERM,) if self.stop.count else ()  # it came before the rank listened to it
         if self.stop.count > 1 or all(code in (DONE, STOPPED, *asked) for code in codes):
             return Outcome(STOPPED)
-        records = {record.rank: record for record in self._errors}
+        records = list(self._errors)
+        spoke = {record.rank for record in records}
         for rank in self._ranks:
-            if rank.code not in (None, DONE, STOPPED) and rank.number not in records:
-                records[rank.number] = self._silent(rank)
-        cause = min(records.values(), key=lambda record: record.cause_order)
-        code = USER_ERROR if cause.code == USER_ERROR else CRASHED
+            spoke_of_another = rank.code == STALLED and bool(records)
+            if rank.code not in (None, DONE, STOPPED) and rank.number not in spoke and not spoke_of_another:
+                records.append(self._silent(rank))
+        cause = min(records, key=lambda record: record.cause_order)
+        code = cause.code if cause.code in (USER_ERROR, STALLED) else CRASHED
         lines = logs.tail(logs.log_path(self.directory, cause.rank))
         return Outcome(code, cause, tuple(lines))
 

@@ -9,7 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ErrorRecord:
-    """Why one rank ended. `signal` is set when it was killed from outside and could say nothing itself."""
+    """Why one rank ended, or (code 76) why the others gave it up. `signal` is set when it was killed from
+    outside and could say nothing itself."""
 
     rank: int
     code: int
@@ -44,7 +45,9 @@ def write_error(directory: Path, record: ErrorRecord) -> None:
     """Keep a rank's record. Never raises: it is called when something (the disk, say) has failed already."""
     try:
         path = directory / "log" / f"rank{record.rank}.error.json"
-        path.write_text(json.dumps(asdict(record)))
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several ranks may name the same one
+        temporary.write_text(json.dumps(asdict(record)))
+        temporary.replace(path)
     except OSError:
         pass  # the event channel and the exit code still say it
 

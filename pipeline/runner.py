@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline import logs, plan
+from pipeline import logs, plan, stop_time
 from pipeline.launch import Launcher, Outcome, StopRequest, environment, worker_command
 from pipeline.mlflow_follow import Follower, tracking_uri
 from pipeline.plan import Plan, StagePlan
@@ -18,7 +18,7 @@ from pipeline.results import RunView, view
 from pipeline.run_directory import RunDirectory
 from pipeline.warden import Warden
 from pipeline.worker import DONE, STOPPED, absent_message
-from stages.base import StageError
+from stages.base import STALLED, StageError
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Request:
     first: str | None = None
     last: str | None = None
     tracking_uri: str | None = None
+    stop_at: float | None = None  # unix seconds by which all must be saved
 
 
 @dataclass
@@ -105,8 +106,9 @@ def _run_stages(
                 result.reused.append(stage.name)
                 display.say(f"{head}  reused  {_counts(stage.check.content)}", "dim")
                 continue
-            if stop.count:
+            if stop.count or stop_time.is_over(request.stop_at):
                 result.code = STOPPED
+                display.say(f"stopped before {stage.name}; run the same command to go on", "yellow")
                 return
             assert warden is not None
             display.say(f"{head}  {'resumes' if stage.action == 'resume' else 'runs'}    {stage.why}")
@@ -150,7 +152,8 @@ def _launch(
         ),
         directory=stage.directory.path,
         processes=launch.processes if stage.distributed else 1,
-        environment=environment(launch.threads_per_process, stage.distributed),
+        environment=environment(launch.threads_per_process, stage.distributed)
+        | ({} if request.stop_at is None else {stop_time.VARIABLE: str(request.stop_at)}),
         display=display,
         stop=stop,
         warden=warden,
@@ -174,8 +177,9 @@ def _tell_end(request: Request, stage: StagePlan, outcome: Outcome, display: Dis
         return
     lines = "\n".join(f"  | {line}" for line in outcome.log_tail)
     display.say(f"last lines of {rank_log}:\n{lines}")
+    happened = "stalled" if error.code == STALLED else "failed"
     display.say(
-        f"stage {stage.name} failed: rank {error.rank}, exit code {error.code}: {error.message}\n"
+        f"stage {stage.name} {happened}: rank {error.rank}, exit code {error.code}: {error.message}\n"
         "the stages before it are kept; run the same command to go on from the last checkpoint",
         "red",
     )

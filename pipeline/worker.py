@@ -1,7 +1,8 @@
 """One process of one stage: `python -m pipeline.worker RECIPE --stage S --root R`; rank 0 commits.
 
-Ranks come from RANK, WORLD_SIZE and LOCAL_RANK. Exit codes: 0 done, 2 a mistake that the user can mend (or a
-full disk), 75 stopped and resumable, 1 a crash.
+Ranks come from RANK, WORLD_SIZE and LOCAL_RANK; TANDEM_STOP_AT is the unix time by which it must have saved
+and ended. Exit codes: 0 done, 2 a mistake that the user can mend (or a full disk), 75 stopped and resumable,
+76 ended because a rank stood still (resumable too), 1 a crash.
 """
 
 import argparse
@@ -16,18 +17,19 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
-from pipeline import logs
+from pipeline import logs, stop_time
 from pipeline.events import Channel
 from pipeline.fingerprint import Identity, identities
 from pipeline.progress import WorkerProgress
 from pipeline.recipe import Recipe, load
 from pipeline.run_directory import RunDirectory
 from pipeline.tracking import FileTracker, QuietTracker
-from stages.base import Job, Report, StageError, Stopped, stage_module
+from stages.base import STALLED, Job, Report, StageError, Stopped, end_stalled, stage_module
 
 DONE, CRASHED, USER_ERROR, STOPPED = 0, 1, 2, 75
 PARENT_VARIABLE = "TANDEM_PARENT_PID"
@@ -35,10 +37,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopFlag:
-    """Set by a signal; the stage asks it between steps."""
+    """Set by a signal, or by the clock at `stop_at` (unix seconds); the stage asks it between steps."""
 
     def __init__(self) -> None:
         self.set = False
+        self.stop_at: float | None = None
 
     def install(self) -> "StopFlag":
         for number in STOP_SIGNALS:
@@ -49,7 +52,7 @@ class StopFlag:
         self.set = True
 
     def __call__(self) -> bool:
-        return self.set
+        return self.set or stop_time.is_over(self.stop_at)
 
 
 def die_with_parent() -> None:
@@ -103,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _arguments(arguments)
     directory: list[Path] = []
     try:
+        should_stop.stop_at = stop_time.stop_at()
         _work(options, rank, channel, should_stop, directory)
         return DONE
     except Stopped as stopped:
@@ -134,6 +138,14 @@ def _failed(
     except OSError:
         pass  # the log's disk is full; the runner has the message
     return code
+
+
+def _stalled(channel: Channel, directory: Path, rank: int, message: str) -> NoReturn:
+    """Say which rank stands still where it will be looked for, and end this process at once."""
+    record = logs.ErrorRecord(rank, STALLED, message, time.time())
+    channel.send("error", patience_s=2.0, rank=rank, code=STALLED, message=message, time=record.time)
+    logs.write_error(directory, record)
+    end_stalled(rank, message)
 
 
 def disk_full_message(error: BaseException, near: Path) -> str | None:
@@ -253,6 +265,8 @@ def _run(
         seed=recipe.head.seed,
         recipe_directory=recipe.directory,
         processes=recipe.head.launch.processes,
+        stop_at=should_stop.stop_at,
+        stalled=partial(_stalled, channel, run_directory.path),
     )
     report: Any = stage_module(config.kind).run(config, job)
     if not isinstance(report, Report):

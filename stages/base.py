@@ -4,12 +4,13 @@ A stage never knows whether a laptop or SLURM started it. It reads its inputs' d
 `job.out`, reports counts and metrics, and returns. The caller writes DONE.json.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -78,6 +79,15 @@ class Stopped(Exception):
     """The stage stopped because it was asked to; what it saved is complete. Exit code 75: run it again."""
 
 
+STALLED = 76  # exit code of a process that ends itself because a rank stands still: run it again
+
+
+def end_stalled(rank: int, message: str) -> NoReturn:
+    """Say which rank stands still, and end this process at once: its main thread waits for that rank."""
+    print(f"error: rank {rank}: {message}", flush=True)
+    os._exit(STALLED)
+
+
 @dataclass
 class Job:
     """Where a stage runs: its directory, its inputs, its share of the work and the means to report."""
@@ -92,6 +102,8 @@ class Job:
     task_index: int = 0
     task_count: int = 1
     processes: int = 1  # how many worker processes a data stage may use
+    stop_at: float | None = None  # unix seconds by which the stage must have saved and ended
+    stalled: Callable[[int, str], None] = end_stalled  # ends the process, in any of its threads
 
     @property
     def out(self) -> Path:

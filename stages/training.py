@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 
 from learning import methods
 from learning.evaluation.gallery import TextField
+from learning.training.anomalies import AnomalyConfig
 from learning.training.checkpoint import CheckpointConfig
 from learning.training.engine import OptimizerConfig
 from learning.training.loader import DataConfig
@@ -49,6 +50,8 @@ class TrainingConfig(StageConfig):
             "log_every_steps",
             "batch_per_gpu",
             "validation.batch",
+            "stall_limit_s",
+            "anomalies.max_rewinds",  # it decides whether a run ends well, not what it makes then
         }
     )
     roles: ClassVar[tuple[str, ...]] = ("corpus",)
@@ -72,6 +75,13 @@ class TrainingConfig(StageConfig):
     )
     deepspeed: Path = Field(description="a DeepSpeed JSON of ds_configs/, relative to the recipe's file")
     checkpoint: CheckpointConfig = CheckpointConfig()
+    anomalies: AnomalyConfig = AnomalyConfig()
+    stall_limit_s: float | None = Field(
+        default=600.0,
+        ge=2,
+        description="when no rank gets on for that long, the one behind is named and the run ends with exit "
+        "code 76; three times as long until the first step is done; null: wait for ever",
+    )
     log_every_steps: int = Field(default=10, ge=1)
     vocabulary: Vocabulary = Vocabulary()
     validation: Validation | None = Field(default=None, alias="validate")

@@ -1,6 +1,7 @@
 """A run of a training stage in this process: corpus, tokenizer, model, engine, loop, and out/."""
 
 import copy
+import gc
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,8 @@ from learning.evaluation.gallery import texts_of
 from learning.evaluation.validate import validate
 from learning.methods.base import Method, MethodConfig
 from learning.tokenizer import Tokenizer, load_tokenizer, train_wordpiece
-from learning.training import distributed
+from learning.training import distributed, watchdog
+from learning.training.anomalies import StartOver
 from learning.training.augment import ImageTransform
 from learning.training.checkpoint import Checkpoints
 from learning.training.engine import Engine, read_deepspeed_config
@@ -24,6 +26,7 @@ from learning.training.loader import Batches
 from learning.training.loop import Outcome, Plan, fit
 from learning.training.randomness import stable_hash
 from learning.training.tower_tokens import TowerTokens, identity
+from learning.training.watchdog import FIRST_STEP_FACTOR, Watchdog
 from stages.base import Job, Report, StageError, Stopped, Task
 from stages.training import TrainingConfig
 
@@ -38,14 +41,29 @@ def run_training(config: TrainingConfig, job: Job) -> Report:
 
     Raises StageError for what the user can mend, and Stopped when it was asked to stop.
     """
-    distributed.init()
+    limit_s = config.stall_limit_s or 0.0
+    # torch's own limit comes after the watchdog's, which says who is to blame
+    distributed.init(timeout_s=max(1800.0, 2 * FIRST_STEP_FACTOR * limit_s))
     try:
-        return _Training(config, job).run()
+        with Watchdog(job.log, config.stall_limit_s, job.stalled):
+            return _trained(config, job)
     except ValueError as error:
         logger.info("the training stopped with an error", exc_info=True)
         raise StageError(str(error)) from error
     finally:
         distributed.shutdown()
+
+
+def _trained(config: TrainingConfig, job: Job) -> Report:
+    again: StartOver | None = None
+    while True:
+        training = _Training(config, job)
+        try:
+            return training.run(again)
+        except StartOver as over:
+            again = over.with_traceback(None)  # which holds the engine
+        del training  # two models and their optimizers might not fit
+        gc.collect()
 
 
 class _Training:
@@ -82,7 +100,7 @@ class _Training:
             plain = copy.deepcopy(self.method)  # before DeepSpeed takes the parameters over
             self.validated = (ShardIndex.open(corpus, config.validation.split), plain)
 
-    def run(self) -> Report:
+    def run(self, again: StartOver | None) -> Report:
         config, job = self.config, self.job
         sizes = {part: sum(p.numel() for p in own) for part, own in self.method.parts().items()}
         engine = Engine(
@@ -107,7 +125,11 @@ class _Training:
                 Checkpoints(job.checkpoints, config.checkpoint.keep),
                 shown,
                 self._validate if self.validated is not None else None,
+                again,
             )
+        except StartOver:
+            engine.close()
+            raise
         finally:
             shown.end()
         if outcome.stopped:
@@ -141,7 +163,13 @@ class _Training:
         earlier = [] if self.upstream is None else [self.upstream / TOWER_TOKENS]
         share = len(range(distributed.rank(), len(self.index), distributed.world_size()))
         with job.progress.task(f"{self.config.kind}: the image tower, pictures", share) as task:
-            whole = tower.fill(self.batches.plain_pixels, earlier, task.advance, job.should_stop)
+
+            def advance(rows: int) -> None:
+                watchdog.alive()
+                task.advance(rows)
+
+            watchdog.enter("image tower")
+            whole = tower.fill(self.batches.plain_pixels, earlier, advance, job.should_stop)
         if not whole:
             raise Stopped("before the first step: the image tower was running; run again to go on")
 
@@ -149,7 +177,14 @@ class _Training:
         config = self.config
         every = config.validation.every_epochs if config.validation else 1
         return Plan(
-            config.epochs, config.schedule, config.checkpoint, config.log_every_steps, every, config.pick_best
+            config.epochs,
+            config.schedule,
+            config.checkpoint,
+            config.log_every_steps,
+            every,
+            config.pick_best,
+            config.anomalies,
+            self.job.stop_at,
         )
 
     def _check_batch(self) -> None:
@@ -184,6 +219,7 @@ class _Training:
 
     def _all_texts(self) -> Iterator[str]:
         for position in range(len(self.index)):
+            watchdog.alive()
             try:
                 record = self.index.record(position)
             except ValueError as error:
@@ -245,6 +281,8 @@ class _Training:
             "samples_seen": outcome.step * self.config.contrastive_batch,
             "samples_in_split": len(self.index),
             "bad_samples": len(outcome.skipped),
+            "left_out_samples": len(outcome.left_out),
+            "rewinds": outcome.rewinds,
             "parameters": sum(sizes.values()),
         }
         return Report(counts, outcome.metrics)
@@ -262,6 +300,7 @@ class _Shown:
     def begin(self, step: int, steps: int) -> None:
         if not self.speaks:
             return
+        self.end()  # of what went before a rewind
         self.job.tracker.rewind(step)
         name = self.description if step == 0 else f"{self.description} (from {step:,})"
         self._context = self.job.progress.task(name, steps - step)
@@ -270,6 +309,7 @@ class _Shown:
     def end(self) -> None:
         if self._context is not None:
             self._context.__exit__(None, None, None)
+            self._context = None
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         if self.speaks:

@@ -26,7 +26,7 @@ from data_tools.pictures import PictureError, open_picture
 from data_tools.shards import ShardIndex
 from learning.methods.base import Method
 from learning.tokenizer import Tokenizer
-from learning.training import distributed
+from learning.training import distributed, watchdog
 from learning.training.augment import ImageTransform
 
 Advance = Callable[[int], None]
@@ -101,6 +101,7 @@ def spread(
             short = block - len(rows)  # the last block alone: filled with zeros, which are cut off below
             rows = gather(torch.cat([rows, rows.new_zeros((short, *rows.shape[1:]))]))
         gathered.append(rows.cpu())
+        watchdog.alive()
         if advance is not None:
             advance(min(count, (first + world) * block) - first * block)
     return torch.cat(gathered)[:count].numpy()

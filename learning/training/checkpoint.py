@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from learning.training import distributed
+from learning.training import distributed, watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ class _Hashing:
         done = 0
         while done < len(view):  # an unbuffered write may take a part
             done += self._raw.write(view[done:])
+            watchdog.alive()
         return len(view)
 
     def flush(self) -> None:

@@ -10,7 +10,7 @@ Without a process group everything here is the identity of one process.
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -149,6 +149,16 @@ def all_reduce_max(flag: int) -> int:
     value = torch.tensor([int(flag)], dtype=torch.int64, device=_device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return int(value.item())
+
+
+def max_over_ranks(values: Sequence[float]) -> list[float]:
+    """The largest over ranks of each value, in float64, by one collective. No value may be a NaN."""
+    if world_size() == 1:
+        return [float(value) for value in values]
+    joined = torch.tensor(list(values), dtype=torch.float64, device=_device)
+    dist.all_reduce(joined, op=dist.ReduceOp.MAX)
+    largest: list[float] = joined.tolist()
+    return largest
 
 
 def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from learning.methods.base import Batch, Method
-from learning.training import distributed
+from learning.training import distributed, watchdog
 from learning.training.checkpoint import Writer
 from learning.training.randomness import random_state, set_random_state
 
@@ -251,6 +252,7 @@ class Engine:
         total, losses, report = self._engine(self._placed(batch))
         self._engine.backward(total * self._loss_scale())
         norm = self._plain_norm() if want_norm and self.stage == 0 and self.dtype == torch.float32 else None
+        watchdog.enter("optimizer")
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
         if applied:
@@ -258,6 +260,16 @@ class Engine:
         if want_norm and norm is None:
             norm = float(self._optimizer._global_grad_norm) / self._loss_scale()
         return StepResult(total.detach(), losses, report, applied, norm)
+
+    @torch.no_grad()
+    def embed(self, batch: Batch) -> dict[str, Float[Tensor, "b d"]]:
+        """Each view's embeddings of this rank's rows, in evaluation mode: which samples give numbers?"""
+        placed = self._placed(batch)
+        self._engine.eval()
+        made = {f"image '{name}'": self.method.embed_images(rows) for name, rows in placed.images.items()}
+        made |= {f"text '{name}'": self.method.embed_texts(texts) for name, texts in placed.texts.items()}
+        self._engine.train()
+        return made
 
     def learning_rates(self) -> dict[str, float]:
         """The learning rate of each part, as the last step had it."""

@@ -156,6 +156,7 @@ class Batches(Dataset[Loaded | Failed]):
         self.config, self.seed, self.max_length = config, seed, max_length
         self.contrastive_batch, self.rank, self.world_size = contrastive_batch, rank, world_size
         self.per_epoch = steps_per_epoch(len(index), contrastive_batch)
+        self.left_out: frozenset[str] = frozenset()  # keys that are replaced as bad samples are, uncounted
         self._vocabulary_size = tokenizer.vocabulary_size  # once: it is counted anew each time
         self._pictures: dict[int, Tensor] = {}
         self._texts: dict[int, list[list[str]]] = {}
@@ -167,6 +168,10 @@ class Batches(Dataset[Loaded | Failed]):
         each = self.contrastive_batch // self.world_size
         first = batch * self.contrastive_batch + self.rank * each
         return epoch, Permutation(len(self.index), self.seed, epoch)(np.arange(first, first + each))
+
+    def keys(self, step: int) -> list[str]:
+        """The keys of this rank's rows of a step, before any is replaced."""
+        return [self.index.keys[place] for place in self.samples(step)[1].tolist()]
 
     def __getitem__(self, step: int) -> Loaded | Failed:
         try:
@@ -206,13 +211,15 @@ class Batches(Dataset[Loaded | Failed]):
         for attempt in range(ATTEMPTS):
             key = self.index.keys[position]
             try:
-                return key, self._images(epoch, position, key), self._text(epoch, position, key)
+                if key not in self.left_out:
+                    return key, self._images(epoch, position, key), self._text(epoch, position, key)
             except (PictureError, BadRecord) as error:
                 skipped[key] = str(error)
-                drawn = stable_hash(self.seed, epoch, self.index.keys[original], "stand-in", attempt)
-                position = drawn % len(self.index)
+            drawn = stable_hash(self.seed, epoch, self.index.keys[original], "stand-in", attempt)
+            position = drawn % len(self.index)
+        last = list(skipped.values())[-1] if skipped else f"{key} is left out"
         raise ValueError(
-            f"{ATTEMPTS} samples in a row could not be read; the last: {list(skipped.values())[-1]}; "
+            f"{ATTEMPTS} samples in a row could not be read; the last: {last}; "
             "the corpus is damaged: run the shard stage again"
         )
 

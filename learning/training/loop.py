@@ -6,7 +6,7 @@ All ranks run it together: they act on the same flag at the same step, so they s
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from learning.training import distributed
+from learning.training import distributed, watchdog
+from learning.training.anomalies import (
+    Anomaly,
+    AnomalyConfig,
+    LossWatch,
+    StartOver,
+    blame,
+    shown_keys,
+    too_many,
+    weights_are_numbers,
+)
 from learning.training.checkpoint import CheckpointConfig, Checkpoints, Writer
+from learning.training.deadline import Deadline
 from learning.training.engine import Engine, StepResult
 from learning.training.loader import BadSamples, Batches, Failed, Loaded, batches_from
 from learning.training.schedule import ScheduleConfig, factor
@@ -52,6 +63,8 @@ class Plan:
     pick_best: str | None = (
         None  # a validation metric, say val/rsum: the largest wins, the earliest of equals
     )
+    anomalies: AnomalyConfig = field(default_factory=AnomalyConfig)
+    stop_at: float | None = None  # unix seconds by which this process must have saved and ended
 
 
 @dataclass
@@ -67,6 +80,9 @@ class Position:
     best_step: int | None = None
     bad: dict[str, str] = field(default_factory=dict)  # skipped samples: key → why
     metrics: dict[str, float] = field(default_factory=dict)  # the last value of each
+    rewinds: int = 0  # how often a loss went wrong
+    left_out: dict[str, str] = field(default_factory=dict)  # samples that made it so: key → why
+    recent_losses: list[float] = field(default_factory=list)  # for the spike rule, where there is one
 
     def as_dict(self, per_epoch: int) -> dict[str, Any]:
         done = {"epoch": self.step // per_epoch, "samples_consumed": self.step * self.contrastive_batch}
@@ -82,6 +98,8 @@ class Outcome:
     state: dict[str, Tensor] | None
     metrics: dict[str, float]
     skipped: dict[str, str]
+    left_out: dict[str, str]
+    rewinds: int
 
 
 Validate = Callable[[dict[str, Tensor]], dict[str, float]]
@@ -94,14 +112,16 @@ def fit(
     checkpoints: Checkpoints,
     shown: Shown,
     validate: Validate | None = None,
+    again: StartOver | None = None,
 ) -> Outcome:
     """Train to the end of `plan`, from the newest valid checkpoint if there is one.
 
-    `validate(state)` gives metrics (val/…) of the full state, on every rank. Raises ValueError for an
-    unreadable corpus, a loss that is no number, a checkpoint of other ranks or another batch, and when the
-    last checkpoint cannot be written.
+    `validate(state)` gives metrics (val/…) of the full state, on every rank. A loss that goes wrong rewinds
+    to the last checkpoint; where there is none yet StartOver is raised, to be given as `again` with a new
+    engine. Raises ValueError for an unreadable corpus, a loss that goes wrong too often, a checkpoint of
+    other ranks or another batch, and when the last checkpoint cannot be written.
     """
-    return _Run(engine, batches, plan, checkpoints, shown, validate).fit()
+    return _Run(engine, batches, plan, checkpoints, shown, validate).fit(again)
 
 
 class _Run:
@@ -123,28 +143,90 @@ class _Run:
         self.bad = BadSamples(int(batches.config.max_bad_share * len(batches.index)))
         self.best_state: dict[str, Tensor] | None = None  # rank 0's
         self.saved_step = 0
-        self._result: StepResult | None = None
+        self.watch: LossWatch  # of the losses since the last start or rewind
+        self.deadline = Deadline(plan.stop_at, engine.state_bytes())
+        self._paused_s = 0.0  # validation and saving after the last step
         self._restart_clock()
 
-    def fit(self) -> Outcome:
+    def fit(self, again: StartOver | None) -> Outcome:
         self._resume()
+        if again is not None:
+            self._leave_out(again)
+        while True:
+            try:
+                return self._train()
+            except Anomaly as anomaly:
+                self._rewind(anomaly)
+
+    def _train(self) -> Outcome:
+        """From the position to the end. Raises Anomaly, on every rank, for a loss that goes wrong."""
+        self.watch = LossWatch(self.plan.anomalies, self.position.recent_losses)
+        self.batches.left_out = frozenset(self.position.left_out)
         self.shown.begin(self.position.step, self.steps)
         self._restart_clock()
         with closing(batches_from(self.batches, self.position.step, self.steps)) as source:
-            for loaded in source:
+            for loaded in self._watched(source):
                 if self._agree(loaded) == STOP:
                     self._save(last=True)
                     return self._outcome(stopped=True)
                 assert isinstance(loaded, Loaded)  # a Failed one made _agree raise
                 self._step(loaded)
                 self._between_steps()
+        watchdog.enter("end")
         return self._outcome(stopped=False)
 
-    def _resume(self) -> None:
+    def _watched(self, source: Generator[Loaded | Failed, None, None]) -> Iterator[Loaded | Failed]:
+        """The batches; while one is waited for, the watchdog knows the samples that it is to have."""
+        while True:
+            begun, step = time.perf_counter(), self.position.step
+            watchdog.enter("load", step + 1, self.batches.keys(step))
+            loaded = next(source, None)
+            if loaded is None:
+                return
+            yield loaded
+            self.deadline.took("step", time.perf_counter() - begun - self._paused_s)
+
+    def _rewind(self, anomaly: Anomaly) -> None:
+        """Back to the last checkpoint, without the samples that are to blame.
+
+        Raises StartOver where there is none, and ValueError when the loss went wrong too often.
+        """
+        watchdog.enter("rewind")
+        config, before = self.plan.anomalies, self.position
+        stops = config.on_nan == "stop" and not anomaly.is_spike
+        if stops or before.rewinds >= config.max_rewinds:
+            raise ValueError(too_many(self.batches, anomaly, config, before.left_out, self.saved_step))
+        again = StartOver(anomaly.with_traceback(None), before.rewinds + 1, before.left_out)
+        if not self._resume():
+            if distributed.rank() == 0:
+                logger.warning("%s: there is no checkpoint yet: training starts over", again)
+            raise again
+        self._leave_out(again)
+
+    def _leave_out(self, again: StartOver) -> None:
+        """Find the samples to blame, from the good state that was restored, and tell them."""
+        self.batches.left_out = frozenset(again.left_out)
+        found = blame(self.engine, self.batches, again.anomaly, self.position.step)
+        self.position.rewinds = again.rewinds
+        self.position.left_out = again.left_out | found
+        if distributed.rank() == 0:
+            logger.warning(
+                "%s; back to step %d without %d samples: %s (rewind %d of at most %d)",
+                again,
+                self.position.step,
+                len(found),
+                shown_keys(found),
+                again.rewinds,
+                self.plan.anomalies.max_rewinds,
+            )
+            logger.info("left out: %s", found)
+
+    def _resume(self) -> bool:
+        """Restore the newest checkpoint; False where there is none."""
         found = self.checkpoints.newest()
         if found is None:
-            return
-        told = {key: found.position[key] for key in vars(self.position)}
+            return False
+        told = {key: found.position.get(key, value) for key, value in vars(self.position).items()}
         for name, here in (
             ("ranks", self.position.ranks),
             ("contrastive_batch", self.position.contrastive_batch),
@@ -158,21 +240,29 @@ class _Run:
         self.position = Position(**told)
         self.bad.why = dict(self.position.bad)
         self.engine.load(found.directory)
+        self.best_state = None
         if self.position.best_step is not None and distributed.rank() == 0:
             self.best_state = torch.load(found.directory / BEST, weights_only=True, map_location="cpu")
         self.saved_step = self.position.step
         logger.info("going on at step %d from %s", self.position.step, found.directory)
+        return True
 
     def _agree(self, loaded: Loaded | Failed) -> int:
-        """The same flag on every rank. Raises ValueError on all when one could not make its batch."""
+        """The same flag on every rank, and the last loss judged. Raises ValueError on all when one rank could
+        not make its batch, and Anomaly on all when the loss went wrong."""
         failure: str | None = loaded.message if isinstance(loaded, Failed) else self._note(loaded.skipped)
-        flag = distributed.all_reduce_max(FAIL if failure else STOP if self.shown.should_stop() else GO)
+        keys = None if isinstance(loaded, Failed) else loaded.batch.keys
+        watchdog.enter("agree", keys=keys)
+        stop = self.shown.should_stop() or self.deadline.due(self._validates(self.position.step + 1))
+        own = FAIL if failure else STOP if stop else GO
+        flag, *loss = distributed.max_over_ranks([own, *self.watch.offer()])
         if flag == FAIL:
             told = distributed.gather_objects(failure)
             raise ValueError(
                 "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(told) if message)
             )
-        return flag
+        self.watch.judge(*loss)
+        return int(flag)
 
     def _note(self, skipped: dict[str, str]) -> str | None:
         for why in self.bad.add(skipped).values():
@@ -183,29 +273,22 @@ class _Run:
         number = self.position.step + 1
         logs = number % self.plan.log_every_steps == 0 or number == self.steps
         rate_factor = factor(self.position.updates, self.steps, self.plan.schedule)
+        watchdog.enter("forward and backward")
         result = self.engine.step(loaded.batch, rate_factor, want_norm=logs)
         self.position.step = number
         self.position.updates += result.applied
         self._unlogged += 1
-        self._result = result
+        self.watch.hold(number, result)
         if logs:
-            self._check_finite()
+            self._judge()
             self._log(result)
         else:
             self.shown.advance(1)
 
-    def _check_finite(self) -> None:
-        """Raises ValueError, on every rank, when the last loss is no number on any."""
-        result = self._result
-        if result is None:
-            return
-        if not distributed.all_reduce_max(result.applied and not math.isfinite(float(result.total))):
-            return
-        terms = ", ".join(f"loss/{name} {float(value)}" for name, value in sorted(result.losses.items()))
-        raise ValueError(
-            f"step {self.position.step}: the loss is no number ({terms}); lower optimizer.learning_rate, or "
-            f"set gradient_clip; the last checkpoint: step {self.saved_step}"
-        )
+    def _judge(self) -> None:
+        """Raises Anomaly, on every rank, when the last loss went wrong: before anything relies on it."""
+        if self.watch.holds:
+            self.watch.judge(*distributed.max_over_ranks(self.watch.offer()))
 
     def _log(self, result: StepResult) -> None:
         """The step's own values: a resumed run logs what an uninterrupted one does. Means over ranks."""
@@ -221,6 +304,7 @@ class _Run:
             "train/samples_per_s": speed,
             "train/epoch": self.position.step / self.batches.per_epoch,
             "train/skipped_steps": float(self.position.step - self.position.updates),
+            "train/rewinds": float(self.position.rewinds),
         }
         if result.gradient_norm is not None and math.isfinite(result.gradient_norm):
             values["train/grad_norm"] = result.gradient_norm
@@ -232,22 +316,31 @@ class _Run:
     def _restart_clock(self) -> None:
         self._since, self._unlogged = time.perf_counter(), 0
 
+    def _validates(self, step: int) -> bool:
+        epoch, inside = divmod(step, self.batches.per_epoch)
+        due = inside == 0 and (epoch % self.plan.validate_every_epochs == 0 or step == self.steps)
+        return due and self.validate is not None
+
     def _between_steps(self) -> None:
         """Validation where due, then a checkpoint where due: the checkpoint knows the validation."""
-        step, per_epoch = self.position.step, self.batches.per_epoch
-        epoch, inside = divmod(step, per_epoch)
+        step = self.position.step
         begun = time.perf_counter()
-        due = inside == 0 and (epoch % self.plan.validate_every_epochs == 0 or step == self.steps)
-        if self.validate is not None and due:
-            self._validate(self.validate)
-        every = self.plan.checkpoint.every_steps or per_epoch
+        if self._validates(step):
+            self._validate()
+        every = self.plan.checkpoint.every_steps or self.batches.per_epoch
         if step % every == 0 or step == self.steps:
             self._save(last=step == self.steps)
-        self._since += time.perf_counter() - begun  # samples/s are those of training
+        self._paused_s = time.perf_counter() - begun
+        self._since += self._paused_s  # samples/s are those of training
 
-    def _validate(self, validate: Validate) -> None:
+    def _validate(self) -> None:
+        assert self.validate is not None
+        self._judge()
+        watchdog.enter("validate")
+        begun = time.perf_counter()
         state = self.engine.full_state()
-        values = validate(state)
+        values = self.validate(state)
+        self.deadline.took("validate", time.perf_counter() - begun)
         self.shown.metrics(values, self.position.step)
         self.position.metrics |= values
         name = self.plan.pick_best
@@ -265,7 +358,12 @@ class _Run:
         """Save. A failure is a warning, and training goes on with the checkpoint before, but for the last."""
         if self.saved_step == self.position.step:
             return
-        self._check_finite()  # a checkpoint of numbers that are none would be worth nothing
+        self._judge()
+        watchdog.enter("checkpoint")
+        if not weights_are_numbers(self.engine):  # a checkpoint must be good to go back to
+            step = self.position.step
+            raise Anomaly(step, "its update made weights that are no numbers", (step,))
+        begun = time.perf_counter()
         told = distributed.gather_objects(self.bad.why)
         self.position.bad = {key: why for each in told for key, why in each.items()}
         problem = self.checkpoints.save(
@@ -274,6 +372,7 @@ class _Run:
             self._write,
             self.engine.state_bytes(),
         )
+        self.deadline.took("save", time.perf_counter() - begun)
         if problem is None:
             self.saved_step = self.position.step
             return
@@ -302,5 +401,11 @@ class _Run:
             self.position.metrics |= {f"best/{self.plan.pick_best}": float(self.position.best or 0.0)}
             self.position.metrics |= {"best/step": float(self.position.best_step)}
         return Outcome(
-            self.position.step, stopped, state, self.position.metrics, self.position.bad | self.bad.why
+            self.position.step,
+            stopped,
+            state,
+            self.position.metrics,
+            self.position.bad | self.bad.why,
+            self.position.left_out,
+            self.position.rewinds,
         )

@@ -29,7 +29,7 @@ class Config(StageConfig):
     step_s: float = 0.0
     schedule: Schedule = Schedule()
     losses: dict[str, float] = Field(default_factory=dict)
-    fail: Literal["crash", "kill", "user", "disk", "exit", "value"] | None = None
+    fail: Literal["crash", "kill", "user", "disk", "exit", "value", "stall"] | None = None
     fail_rank: int = 0
     fail_step: int = 1
 
@@ -99,6 +99,8 @@ def _fail(how: str, job: Job) -> None:
         except OSError as error:
             assert error.errno == errno.ENOSPC
             raise RuntimeError("writer failed") from error
+    if how == "stall":
+        job.stalled(0, "on host here stands still in phase 'load' of step 1")
     if how == "exit":
         os._exit(9)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
