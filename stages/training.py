@@ -9,8 +9,8 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 from learning import methods
 from learning.evaluation.gallery import TextField
 from learning.training.checkpoint import CheckpointConfig
-from learning.training.engine import OptimizerConfig
 from learning.training.loader import DataConfig
+from learning.training.rates import OptimizerConfig
 from learning.training.schedule import ScheduleConfig
 from stages.base import Frozen, StageConfig
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from learning.methods.base import Batch, Method
 from learning.training import distributed
 from learning.training.checkpoint import Writer
 from learning.training.randomness import random_state, set_random_state
+from learning.training.rates import OptimizerConfig, parameter_groups
 
 RUN_SIZE_KEYS = {
     "train_batch_size": "contrastive_batch",
@@ -29,22 +29,6 @@ RUN_SIZE_KEYS = {
     "scheduler": "schedule",
     "steps_per_print": "log_every_steps",
 }
-
-
-class OptimizerConfig(BaseModel):
-    """AdamW, with a learning rate a part of the model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    learning_rate: float = Field(gt=0)
-    weight_decay: float = Field(
-        default=0.01, ge=0, description="not on norms, biases and other 1-D parameters"
-    )
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    lr_scale: dict[str, float] = Field(
-        default_factory=dict, description="part of the model: factor on the learning rate (vision: 0.1)"
-    )
 
 
 @dataclass
@@ -111,38 +95,6 @@ def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
     if config.get("bf16", {}).get("enabled"):
         return torch.bfloat16
     return torch.float16 if config.get("fp16", {}).get("enabled") else torch.float32
-
-
-def parameter_groups(method: Method, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Two groups a part (with and without weight decay), each with `part` and its own `base_lr`.
-
-    Raises ValueError when lr_scale names no part, or when a trainable parameter is in no part.
-    """
-    parts = method.parts()
-    unknown = sorted(set(config.lr_scale) - set(parts))
-    if unknown:
-        raise ValueError(
-            f"optimizer.lr_scale: {', '.join(unknown)} is no trainable part of this model; "
-            f"its parts: {', '.join(parts)}"
-        )
-    groups: list[dict[str, Any]] = []
-    seen: set[int] = set()
-    for part, parameters in parts.items():
-        own = [p for p in parameters if p.requires_grad and id(p) not in seen]
-        seen |= {id(p) for p in own}
-        rate = config.learning_rate * config.lr_scale.get(part, 1.0)
-        for decays in (True, False):
-            chosen = [p for p in own if (p.ndim > 1) == decays]
-            if chosen:
-                decay = config.weight_decay if decays else 0.0
-                groups.append(
-                    {"params": chosen, "lr": rate, "base_lr": rate, "weight_decay": decay, "part": part}
-                )
-    left_out = [name for name, p in method.named_parameters() if p.requires_grad and id(p) not in seen]
-    if left_out:
-        names = ", ".join(left_out)
-        raise ValueError(f"{type(method).__name__}.parts() leaves out trainable parameters: {names}")
-    return groups
 
 
 def quiet_deepspeed(log_file: Path | None) -> Any:
@@ -260,7 +212,7 @@ class Engine:
         return StepResult(total.detach(), losses, report, applied, norm)
 
     def learning_rates(self) -> dict[str, float]:
-        """The learning rate of each part, as the last step had it."""
+        """The learning rate of each part (of its top layer), as the last step had it."""
         return {group["part"]: float(group["lr"]) for group in self._optimizer.param_groups}
 
     def full_state(self) -> dict[str, Tensor]:
