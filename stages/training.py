@@ -10,8 +10,9 @@ from learning import methods
 from learning.evaluation.gallery import TextField
 from learning.training.anomalies import AnomalyConfig
 from learning.training.checkpoint import CheckpointConfig
-from learning.training.engine import OptimizerConfig
+from learning.training.ema import EmaConfig
 from learning.training.loader import DataConfig
+from learning.training.rates import OptimizerConfig
 from learning.training.schedule import ScheduleConfig
 from stages.base import Frozen, StageConfig
 
@@ -49,6 +50,7 @@ class TrainingConfig(StageConfig):
             "checkpoint",
             "log_every_steps",
             "batch_per_gpu",
+            "activation_checkpointing",
             "validation.batch",
             "stall_limit_s",
             "anomalies.max_rewinds",  # it decides whether a run ends well, not what it makes then
@@ -72,6 +74,15 @@ class TrainingConfig(StageConfig):
     schedule: ScheduleConfig = ScheduleConfig()
     gradient_clip: float = Field(
         default=0.0, ge=0, description="largest norm of the whole gradient; 0: no limit"
+    )
+    ema: EmaConfig | None = Field(
+        default=None, description="average the weights, for validation and for out/; null: off"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="compute each block again in backward: the same bits, less memory, more time"
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile the blocks of towers and fusion; not under ZeRO-3"
     )
     deepspeed: Path = Field(description="a DeepSpeed JSON of ds_configs/, relative to the recipe's file")
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -20,8 +20,9 @@ from learning.tokenizer import Tokenizer, load_tokenizer, train_wordpiece
 from learning.training import distributed, watchdog
 from learning.training.anomalies import StartOver
 from learning.training.augment import ImageTransform
+from learning.training.blocks import compile_blocks, recompute_blocks
 from learning.training.checkpoint import Checkpoints
-from learning.training.engine import Engine, read_deepspeed_config
+from learning.training.engine import Engine, read_deepspeed_config, zero_stage
 from learning.training.loader import Batches
 from learning.training.loop import Outcome, Plan, fit
 from learning.training.randomness import stable_hash
@@ -103,13 +104,19 @@ class _Training:
     def run(self, again: StartOver | None) -> Report:
         config, job = self.config, self.job
         sizes = {part: sum(p.numel() for p in own) for part, own in self.method.parts().items()}
+        held = read_deepspeed_config(job.recipe_directory / config.deepspeed)
+        if config.activation_checkpointing:
+            recompute_blocks(self.method)
+        if config.compile:
+            compile_blocks(self.method, zero_stage(held))
         engine = Engine(
             self.method,
             config.losses,
             config.optimizer,
-            read_deepspeed_config(job.recipe_directory / config.deepspeed),
+            held,
             batch_per_gpu=config.contrastive_batch // distributed.world_size(),
             gradient_clip=config.gradient_clip,
+            ema=config.ema,
             log_file=job.log / f"deepspeed_rank{distributed.rank()}.log",
         )
         if distributed.rank() == 0:

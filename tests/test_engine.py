@@ -12,12 +12,11 @@ from learning.methods.base import Batch, Terms
 from learning.training.engine import (
     Engine,
     Objective,
-    OptimizerConfig,
     dtype_of,
-    parameter_groups,
     read_deepspeed_config,
     zero_stage,
 )
+from learning.training.rates import OptimizerConfig, parameter_groups
 from tests.distributed_harness import run_distributed
 from tests.training_case import CONFIGS, TinyMethod, part_of, tiny_batch
 

@@ -1,5 +1,8 @@
 """Batch normalisation by the statistics of the global batch, with gradient, on any device and backend."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Float
 from timm.layers import BatchNormAct2d
@@ -60,8 +63,8 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     def _remember(self, mean_c: Tensor, variance_c: Tensor, count: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
         rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
         unbiased_c = variance_c * (count / (count - 1))
         self.running_mean.lerp_(mean_c.to(self.running_mean.dtype), rate)
@@ -79,3 +82,21 @@ def make_global(module: nn.Module) -> None:
             setattr(module, name, GlobalBatchNorm2d(child))
         else:
             make_global(child)
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Inside, the batch norms in `module` normalise as ever, but their running statistics stand still.
+
+    For a forward that is run a second time: its batch has been counted.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        # the statistics still go into the kernel, which saves what it saved the first time
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, counter) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, counter

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from learning.encoders.layers import Layered
+
 Activation = Literal["relu", "gelu"]
 INIT_STD = 0.02
 
@@ -58,7 +60,7 @@ class TransformerLayer(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
-class TransformerEncoder(nn.Module):
+class TransformerEncoder(Layered):
     """`layers` layers in turn; 0 layers are the identity (COOKIE, Table X). No token attends to padding."""
 
     def __init__(
@@ -82,6 +84,12 @@ class TransformerEncoder(nn.Module):
         for layer in self.layers:
             x_bnd = layer(x_bnd, keep_b11n)
         return x_bnd
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def depths(self) -> dict[str, int]:
+        return {name: int(name.split(".")[1]) for name, _ in self.named_parameters()}
 
 
 class FullyConnected(nn.Module):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 from transformers import BertConfig, BertModel
 
+from learning.encoders.layers import Layered
 from learning.encoders.weights import load_by_name, read_weights
 from learning.methods.base import Texts
 
@@ -83,7 +84,7 @@ class TextConfig(BaseModel):
         return self
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Layered):
     """Texts (b, m) to BERT's last layer (b, m, `width`). Padding is attended to by no token.
 
     Has no pooler: nothing would train it. Raises ValueError for weights that do not fit.
@@ -123,6 +124,17 @@ class TextEncoder(nn.Module):
         if not self.config.trainable:
             self.bert.eval()
         return self
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.bert.encoder.layer)
+
+    def depths(self) -> dict[str, int]:
+        """0: the embeddings; then BERT's layers."""
+        inside = "bert.encoder.layer."
+        return {
+            name: 1 + int(name.removeprefix(inside).split(".")[0]) if name.startswith(inside) else 0
+            for name, _ in self.named_parameters()
+        }
 
     def _load(self, directory: Path, vocabulary_size: int) -> None:
         field = "model.text.weights"

@@ -1,6 +1,7 @@
 """The vision tower: any timm backbone by name, giving its tokens unpooled (COOKIE, Sec. III-A a)."""
 
 import difflib
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from learning.encoders.batch_norm import make_global
+from learning.encoders.layers import Layered
 from learning.encoders.weights import load_by_name, load_by_order, read_weights
 
 BatchNorm = Literal["local", "global", "frozen"]
@@ -60,7 +63,7 @@ class VisionConfig(BaseModel):
     )
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(Layered):
     """(b, 3, h, w) images to (b, n, `width`) tokens, n = `tokens`, of a timm backbone without its classifier.
 
     A CNN's map is read row by row; a ViT gives its patches, and the tokens before them ([CLS]) first.
@@ -109,6 +112,36 @@ class VisionEncoder(nn.Module):
         for part in self._frozen_parts():
             part.eval()
         return self
+
+    def blocks(self) -> list[nn.Module]:
+        """The modules that timm calls blocks: a ViT's layers, a ResNet's bottlenecks."""
+        matcher = self._matcher()
+        named = (matcher.get("blocks") or ()) if isinstance(matcher, dict) else ()
+        patterns = [named] if isinstance(named, str) else [pattern for pattern, order in named if order is None]
+        found = [
+            module
+            for name, module in self.backbone.named_modules()
+            if any(re.fullmatch(pattern, name) for pattern in patterns)
+        ]
+        if not found:
+            raise ValueError(
+                f"model.vision.name: timm tells no blocks of {self.config.name}; leave activation_checkpointing "
+                "and compile off, or choose another backbone"
+            )
+        return found
+
+    def depths(self) -> dict[str, int]:
+        """As timm groups them: 0 the stem, then the blocks; what follows the last block is with it."""
+        layers = group_parameters(self.backbone, self._matcher(), reverse=True)
+        return {f"backbone.{name}": layer for name, layer in layers.items()}
+
+    def _matcher(self) -> Any:
+        if not hasattr(self.backbone, "group_matcher"):
+            raise ValueError(
+                f"model.vision.name: timm tells no layers of {self.config.name}; leave optimizer.layer_decay, "
+                "activation_checkpointing and compile off, or choose another backbone"
+            )
+        return self.backbone.group_matcher(coarse=False)
 
     def _frozen_parts(self) -> list[nn.Module]:
         modules = dict(self.backbone.named_modules())

@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from learning.methods.base import Batch, Method
 from learning.training import distributed, watchdog
 from learning.training.checkpoint import Writer
+from learning.training.ema import Ema, EmaConfig, held_weights, set_weights
 from learning.training.randomness import random_state, set_random_state
+from learning.training.rates import OptimizerConfig, parameter_groups
 
+AVERAGES = "ema.pt"
 RUN_SIZE_KEYS = {
     "train_batch_size": "contrastive_batch",
     "train_micro_batch_size_per_gpu": "batch_per_gpu",
@@ -30,22 +32,6 @@ RUN_SIZE_KEYS = {
     "scheduler": "schedule",
     "steps_per_print": "log_every_steps",
 }
-
-
-class OptimizerConfig(BaseModel):
-    """AdamW, with a learning rate a part of the model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    learning_rate: float = Field(gt=0)
-    weight_decay: float = Field(
-        default=0.01, ge=0, description="not on norms, biases and other 1-D parameters"
-    )
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    lr_scale: dict[str, float] = Field(
-        default_factory=dict, description="part of the model: factor on the learning rate (vision: 0.1)"
-    )
 
 
 @dataclass
@@ -114,38 +100,6 @@ def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
     return torch.float16 if config.get("fp16", {}).get("enabled") else torch.float32
 
 
-def parameter_groups(method: Method, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Two groups a part (with and without weight decay), each with `part` and its own `base_lr`.
-
-    Raises ValueError when lr_scale names no part, or when a trainable parameter is in no part.
-    """
-    parts = method.parts()
-    unknown = sorted(set(config.lr_scale) - set(parts))
-    if unknown:
-        raise ValueError(
-            f"optimizer.lr_scale: {', '.join(unknown)} is no trainable part of this model; "
-            f"its parts: {', '.join(parts)}"
-        )
-    groups: list[dict[str, Any]] = []
-    seen: set[int] = set()
-    for part, parameters in parts.items():
-        own = [p for p in parameters if p.requires_grad and id(p) not in seen]
-        seen |= {id(p) for p in own}
-        rate = config.learning_rate * config.lr_scale.get(part, 1.0)
-        for decays in (True, False):
-            chosen = [p for p in own if (p.ndim > 1) == decays]
-            if chosen:
-                decay = config.weight_decay if decays else 0.0
-                groups.append(
-                    {"params": chosen, "lr": rate, "base_lr": rate, "weight_decay": decay, "part": part}
-                )
-    left_out = [name for name, p in method.named_parameters() if p.requires_grad and id(p) not in seen]
-    if left_out:
-        names = ", ".join(left_out)
-        raise ValueError(f"{type(method).__name__}.parts() leaves out trainable parameters: {names}")
-    return groups
-
-
 def quiet_deepspeed(log_file: Path | None) -> Any:
     """The deepspeed module, its messages going to `log_file` (or nowhere) instead of the user's screen.
 
@@ -185,6 +139,7 @@ class Engine:
         *,
         batch_per_gpu: int,
         gradient_clip: float = 0.0,
+        ema: EmaConfig | None = None,
         log_file: Path | None = None,
     ):
         """`batch_per_gpu` in samples; `gradient_clip`: largest norm of the whole gradient, 0 for no limit.
@@ -238,6 +193,8 @@ class Engine:
                 statistic
             ) in self._own_statistics().values():  # kernels want them in the dtype of scale and shift
                 statistic.data = statistic.data.to(self.dtype)
+        holding = (self._optimizer, method, self.stage, self.dtype)
+        self._ema = None if ema is None else Ema(lambda: held_weights(*holding), ema)
 
     @property
     def method(self) -> Method:
@@ -257,6 +214,8 @@ class Engine:
         applied = bool(self._engine.was_step_applied())
         if applied:
             self.method.after_step()
+            if self._ema is not None:
+                self._ema.update()
         if want_norm and norm is None:
             norm = float(self._optimizer._global_grad_norm) / self._loss_scale()
         return StepResult(total.detach(), losses, report, applied, norm)
@@ -272,14 +231,21 @@ class Engine:
         return made
 
     def learning_rates(self) -> dict[str, float]:
-        """The learning rate of each part, as the last step had it."""
+        """The learning rate of each part (of its top layer), as the last step had it."""
         return {group["part"]: float(group["lr"]) for group in self._optimizer.param_groups}
 
-    def full_state(self) -> dict[str, Tensor]:
+    def full_state(self, averaged: bool = True) -> dict[str, Tensor]:
         """The method's state dict on the CPU, whole, on every rank: float32 master weights, and buffers.
 
-        Statistics of batch normalisation that ranks keep for themselves are averaged over ranks.
+        With an `ema`, and `averaged`, the weights are their averages; buffers are the newest. Statistics of
+        batch normalisation that ranks keep for themselves are averaged over ranks.
         """
+        if self._ema is None or not averaged:
+            return self._full_state()
+        with self._ema.exchanged():
+            return self._full_state()
+
+    def _full_state(self) -> dict[str, Tensor]:
         method = self.method
         masters = self._masters()
         state = {}
@@ -310,6 +276,10 @@ class Engine:
             "statistics": {n: b.clone() for n, b in self._own_statistics().items()},
         }
         writer.save(own, directory / f"rank_{distributed.rank()}.pt")
+        if self._ema is not None:
+            averages = {name: value for name, value in self.full_state().items() if name in self._trained()}
+            if distributed.rank() == 0:  # whole and by name: any number of ranks, any stage can read it
+                writer.save({"updates": self._ema.updates, "weights": averages}, directory / AVERAGES)
 
     def load(self, directory: Path) -> None:
         """What `save` wrote, on the same number of ranks; the random state last."""
@@ -319,6 +289,8 @@ class Engine:
         own = torch.load(directory / f"rank_{distributed.rank()}.pt", weights_only=True, map_location="cpu")
         for name, buffer in self._own_statistics().items():
             buffer.copy_(own["statistics"][name])
+        if self._ema is not None:
+            self._load_averages(directory / AVERAGES)
         set_random_state(own["random"])
 
     def state_bytes(self) -> int:
@@ -331,11 +303,25 @@ class Engine:
             )
         weight = 4 if self.dtype == torch.float32 else 2
         master = 4 if self.dtype != torch.float32 or self.stage > 0 else 0
-        return trainable * (weight + master + 8) + frozen * weight
+        average = 4 if self._ema is not None else 0
+        return trainable * (weight + master + average + 8) + frozen * weight
 
     def close(self) -> None:
         """Let DeepSpeed's hooks and buffers go."""
         self._engine.destroy()
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.method.named_parameters() if p.requires_grad}
+
+    def _load_averages(self, path: Path) -> None:
+        assert self._ema is not None
+        if not path.is_file():
+            raise ValueError(f"{path}: missing: the checkpoint was written without `ema`; train without it too")
+        found = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        whole = {id(p): found["weights"][name].to(self.device) for name, p in self._trained().items()}
+        with self._ema.exchanged():
+            set_weights(self._optimizer, self.method, self.stage, self.dtype, whole)
+        self._ema.updates = found["updates"]
 
     def _placed(self, batch: Batch) -> Batch:
         batch = batch.to(self.device)
@@ -359,7 +345,8 @@ class Engine:
         """fp32 master weights on the CPU by the id of their parameter, where DeepSpeed keeps such."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if self.dtype == torch.float32 and self.stage < 3:
+        copies = self.stage == 0 or (self.stage < 3 and self._ema is None)  # the weights are the masters'
+        if self.dtype == torch.float32 and copies:
             return {}
         if self.stage == 0:
             pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)

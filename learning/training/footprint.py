@@ -1,0 +1,113 @@
+"""What one rank's forward and backward take: FLOPs and bytes of activations, counted without computing."""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from learning import methods
+from learning.methods.base import Batch, Texts
+from learning.model_files import without_weights
+from learning.training.blocks import recompute_blocks
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside, counts the bytes of the tensors that are made: `live` now, `peak` at most. Views count once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._storages: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        return made
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._storages:
+            self._storages[storage._cdata] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, storage._cdata)
+
+    def _drop(self, address: int) -> None:
+        self.live -= self._storages.pop(address)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of one step of one rank."""
+
+    forward_flops: int  # a multiply-add is two
+    activation_bytes: int  # most that forward and backward hold at a time, beside weights and their gradients
+
+    def training_flops(self, recomputed: bool) -> int:
+        """Forward, and twice as much for the gradients of inputs and weights; once more where recomputed.
+
+        The frozen parts are counted like the others: an upper bound for them.
+        """
+        return self.forward_flops * (4 if recomputed else 3)
+
+
+def footprint(
+    model_config: Mapping[str, Any],
+    losses: tuple[str, ...],
+    batch: int,
+    dtype: torch.dtype,
+    vocabulary_size: int,
+    recomputed: bool = False,
+) -> Footprint:
+    """Run forward and backward on tensors without content: `batch` samples of one rank, every text at full length.
+
+    model_config: the recipe's `model` section. Left out: the other ranks' features, workspaces of the kernels.
+    """
+    values = without_weights(model_config)
+    with torch.device("meta"):
+        method = methods.build(methods.parse_config(values), losses, vocabulary_size)
+    if recomputed:
+        recompute_blocks(method)
+    live, flops = LiveBytes(), FlopCounterMode(display=False)
+    with FakeTensorMode():
+        state = {name: _empty(value, dtype) for name, value in method.named_parameters()}
+        state |= {name: _empty(value, dtype) for name, value in method.named_buffers()}
+        for value in state.values():
+            if value.requires_grad:
+                value.register_post_accumulate_grad_hook(_drop_gradient)
+        given = _batch(method, values, batch, dtype)
+        with live:
+            with flops:
+                terms = torch.func.functional_call(method, state, (given,))
+            torch.stack([loss.float() for loss in terms.losses.values()]).sum().backward()
+    return Footprint(flops.get_total_flops(), live.peak)
+
+
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    made = torch.empty(like.shape, dtype=dtype if like.is_floating_point() else like.dtype)
+    return made.requires_grad_(like.requires_grad)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _batch(method: methods.Method, values: Mapping[str, Any], samples: int, dtype: torch.dtype) -> Batch:
+    config: Any = methods.parse_config(dict(values))  # every method's Config has `vision` and `text`
+    side, length = config.vision.image_px, config.text.max_length
+    views = method.views()
+    ones = torch.ones(samples, length, dtype=torch.int64)
+    return Batch(
+        {name: torch.empty(samples, 3, side, side, dtype=dtype) for name in views.images},
+        {name: Texts(ones, ones) for name in views.texts},
+        [str(number) for number in range(samples)],
+    )
