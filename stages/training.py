@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 from learning import methods
 from learning.evaluation.gallery import TextField
 from learning.training.checkpoint import CheckpointConfig
+from learning.training.contrast import ContrastConfig
 from learning.training.engine import OptimizerConfig
 from learning.training.loader import DataConfig
 from learning.training.schedule import ScheduleConfig
@@ -49,6 +50,9 @@ class TrainingConfig(StageConfig):
             "log_every_steps",
             "batch_per_gpu",
             "validation.batch",
+            # as the number of ranks: how the batch is held, the same mathematics
+            "contrast",
+            "micro_batch",
         }
     )
     roles: ClassVar[tuple[str, ...]] = ("corpus",)
@@ -63,6 +67,13 @@ class TrainingConfig(StageConfig):
     )
     batch_per_gpu: int | None = Field(
         default=None, ge=1, description="checked: contrastive_batch = ranks × batch_per_gpu"
+    )
+    contrast: ContrastConfig = ContrastConfig()
+    micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="samples that a rank embeds at a time (GradCache): the memory of so many, the gradients "
+        "of the whole contrastive_batch, for one forward pass more; null: all at once",
     )
     epochs: int = Field(ge=1)
     optimizer: OptimizerConfig

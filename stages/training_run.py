@@ -90,6 +90,8 @@ class _Training:
             read_deepspeed_config(job.recipe_directory / config.deepspeed),
             batch_per_gpu=config.contrastive_batch // distributed.world_size(),
             gradient_clip=config.gradient_clip,
+            contrast=config.contrast,
+            micro_batch=config.micro_batch,
             log_file=job.log / f"deepspeed_rank{distributed.rank()}.log",
         )
         if distributed.rank() == 0:
