@@ -1,6 +1,6 @@
 """Memory and time of the contrastive loss of one rank, forward and backward: plain against blockwise.
 
-python -m benchmarks.contrastive_memory                     (local 512 × global 4,096 to 32,768 × 512 dimensions)
+python -m benchmarks.contrastive_memory                        (512 queries, 4,096 to 32,768 keys, 512 wide)
 python -m benchmarks.contrastive_memory --keys 4096 --rounds 3
 
 Memory: each size and each way in a process of its own, whose peak resident size (the kernel's count) is taken
@@ -104,7 +104,8 @@ def main() -> None:
         print(peak_bytes(options.peak_of, *sizes))
         return
     print(
-        f"{options.queries} queries, {options.dimension} dimensions, fp32, blocks of {options.block}, one thread"
+        f"{options.queries} queries, {options.dimension} dimensions, fp32, blocks of {options.block} keys, "
+        "one thread"
     )
     print("   keys   local MiB   blockwise MiB   1/…   local s   blockwise/local (quartiles)")
     for keys in options.keys:

@@ -1,22 +1,25 @@
 """Every way to compute a contrastive loss equals one float64 process: value, gradients, ranks, precision, memory."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learning import methods
 from learning.losses.blockwise import hinge_rows, info_nce_rows_blockwise
 from learning.losses.contrastive import Ids, Queue, hardest_negative_hinge, info_nce, info_nce_rows
+from learning.methods.base import Batch, Method, Terms, Texts, Views
 from learning.training.contrast import Contrast, ContrastConfig
 from learning.training.distributed import gather
+from learning.training.engine import Objective
 from tests import cookie_case, reference
 from tests.distributed_harness import run_distributed
+from tests.plain_engine import PlainEngine
 
 WIDTH, STORED, MARGIN = 5, 7, 0.2
 HOWS = (
@@ -28,7 +31,8 @@ HOWS = (
 )
 # rows of each rank, by the number of ranks: even, and with an uneven last batch
 EVEN = {1: (12,), 2: (6, 6), 4: (3, 3, 3, 3)}
-UNEVEN = {1: (11,), 2: (7, 4), 4: (2, 5, 1, 3)}
+UNEVEN = {1: (11,), 2: (7, 4), 4: (3, 4, 2, 2)}
+MICRO = 2
 
 
 @dataclass(frozen=True)
@@ -56,24 +60,60 @@ def unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=-1)
 
 
-def drawn(case: Case) -> dict[str, Any]:
-    """Features before the towers, ids and queue of a whole batch, and fresh parameters."""
-    generator = torch.Generator().manual_seed(3)
-    rows = sum(case.rows(1))
+class Towers(Method):
+    """One matrix a side. Its rows come as Batch.tokens; their ids, and a queue for image to text, are its own."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    available_losses = ("ccl", "hinge")
 
-    features = {"image": normal(rows, WIDTH), "text": normal(rows, WIDTH)}
-    towers = {side: normal(WIDTH, WIDTH).requires_grad_() for side in features}
-    ids = torch.randint(0, 5, (rows,), generator=generator) if case.ids else None
-    queue = None
-    if case.queue:
-        stored = torch.randint(0, 5, (STORED,), generator=generator) if case.ids else None
-        weights = torch.tensor([0.5, 0, 1, 0, 0, 0, 3], dtype=torch.float64) if case.weights else None
-        queue = Queue(unit(normal(STORED, WIDTH)), stored, weights)
-    temperature = torch.tensor([0.2], dtype=torch.float64, requires_grad=True)
-    return {"features": features, "towers": towers, "ids": ids, "queue": queue, "temperature": temperature}
+    def __init__(self, case: Case):
+        super().__init__(self.available_losses)
+        generator = torch.Generator().manual_seed(3)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        rows = sum(case.rows(1))
+        self.features = {"image": normal(rows, WIDTH), "text": normal(rows, WIDTH)}
+        self.image, self.text = (nn.Parameter(normal(WIDTH, WIDTH)) for _ in range(2))
+        self.temperature = nn.Parameter(torch.tensor([0.2], dtype=torch.float64))
+        self.ids = torch.randint(0, 5, (rows,), generator=generator) if case.ids else None
+        self.queue = None
+        if case.queue:
+            stored = torch.randint(0, 5, (STORED,), generator=generator) if case.ids else None
+            weights = torch.tensor([0.5, 0, 1, 0, 0, 0, 3], dtype=torch.float64) if case.weights else None
+            self.queue = Queue(unit(normal(STORED, WIDTH)), stored, weights)
+
+    def part(self, own: slice, rows_by_rank: tuple[int, ...] | None) -> Batch:
+        """One rank's rows."""
+        self.own_ids = None if self.ids is None else self.ids[own]
+        tokens = {side: feature[own] for side, feature in self.features.items()}
+        return Batch({}, {}, [""] * len(tokens["image"]), tokens, rows_by_rank)
+
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
+        return {
+            "image": self.embed_images(batch.tokens["image"]),
+            "text": unit(batch.tokens["text"] @ self.text),
+        }
+
+    def terms(self, embeddings: Mapping[str, Tensor], rows_by_rank: Sequence[int] | None = None) -> Terms:
+        step = Contrast(self.contrast, embeddings, rows_by_rank)
+        temperature = self.temperature.squeeze(0)
+        one = step.info_nce("image", "text", temperature, self.own_ids, self.queue)
+        other = step.info_nce("text", "image", temperature, self.own_ids)
+        hinge = step.hinge("image", "text", MARGIN)
+        return Terms(
+            {"ccl": one.loss + other.loss, "hinge": hinge.loss},
+            {"i2t_accuracy": one.accuracy, "t2i_accuracy": other.accuracy},
+        )
+
+    def views(self) -> Views:
+        return Views({"image": "plain"}, {"text": "plain"})
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        return unit(images @ self.image)
+
+    def embed_texts(self, texts: Texts) -> Tensor:
+        return unit(self.features["text"][texts.ids[:, 0]] @ self.text)
 
 
 def plain_info_nce(
@@ -95,62 +135,61 @@ def plain_info_nce(
     return torch.stack(losses).mean()
 
 
-def plain_step(case: Case) -> dict[str, Tensor]:
-    """One float64 process on the joined batch."""
-    given = drawn(case)
-    whole = {side: unit(x @ given["towers"][side]) for side, x in given["features"].items()}
-    image, text = whole["image"], whole["text"]
-    temperature, ids = given["temperature"].squeeze(0), given["ids"]
-    loss = plain_info_nce(image, text, temperature, ids, given["queue"])
-    loss = loss + plain_info_nce(text, image, temperature, ids, None)
-    hinge = reference.hinge(image, text, MARGIN)
-    return told(loss, hinge, given) | {"accuracy": accuracy(image, text, ids), "other": accuracy(text, image, ids)}
-
-
 def accuracy(queries: Tensor, keys: Tensor, ids: Tensor | None) -> Tensor:
     best = (queries @ keys.T).argmax(dim=1)
     right = best == torch.arange(len(best)) if ids is None else ids[best] == ids
     return right.double().mean()
 
 
-def told(loss: Tensor, hinge: Tensor, given: dict[str, Any]) -> dict[str, Tensor]:
-    (loss + 3.0 * hinge).backward()
-    leaves = given["towers"] | {"temperature": given["temperature"]}
-    return {"loss": loss.detach(), "hinge": hinge.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+WEIGHTS = {"ccl": 1.0, "hinge": 3.0}
 
 
-def rank_step(case: Case, how: ContrastConfig, rank: int, world_size: int) -> dict[str, Tensor]:
-    """One rank's losses, and its gradients averaged over ranks as the engine does."""
-    given, counts = drawn(case), case.rows(world_size)
+def plain_step(case: Case) -> dict[str, Tensor]:
+    """One float64 process on the joined batch: losses, report and gradients."""
+    method = Towers(case)
+    found = method.encode(method.part(slice(None), None))
+    image, text, tau, ids = found["image"], found["text"], method.temperature.squeeze(0), method.ids
+    ccl = plain_info_nce(image, text, tau, ids, method.queue) + plain_info_nce(text, image, tau, ids, None)
+    hinge = reference.hinge(image, text, MARGIN)
+    (WEIGHTS["ccl"] * ccl + WEIGHTS["hinge"] * hinge).backward()
+    report = {"i2t_accuracy": accuracy(image, text, ids), "t2i_accuracy": accuracy(text, image, ids)}
+    return {"ccl": ccl, "hinge": hinge} | report | {name: p.grad for name, p in method.named_parameters()}
+
+
+def rank_step(
+    case: Case, how: ContrastConfig, micro_batch: int | None, rank: int, world_size: int
+) -> dict[str, Tensor]:
+    """The same of one rank, its gradients averaged over ranks as the engine does."""
+    method, counts = Towers(case), case.rows(world_size)
+    method.contrast = how
     own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-    embeddings = {side: unit(x[own] @ given["towers"][side]) for side, x in given["features"].items()}
-    step = Contrast(how, embeddings, counts if case.uneven else None)
-    ids = None if given["ids"] is None else given["ids"][own]
-    temperature = given["temperature"].squeeze(0)
-    one = step.info_nce("image", "text", temperature, ids, given["queue"])
-    other = step.info_nce("text", "image", temperature, ids)
-    result = told(one.loss + other.loss, step.hinge("image", "text", MARGIN).loss, given)
-    for name in ("image", "text", "temperature"):
-        if world_size > 1:
-            dist.all_reduce(result[name])
-        result[name] = result[name] / world_size
-    return result | {"accuracy": one.accuracy, "other": other.accuracy}
+    engine = PlainEngine(Objective(method, WEIGHTS))
+    results = engine.backward_of(method.part(own, counts if case.uneven else None), micro_batch)
+    return results[1] | results[2] | engine.averaged_gradients()
+
+
+WAYS = [(case, how, micro_batch) for case in CASES for how in HOWS for micro_batch in (None, MICRO)]
 
 
 def rank_steps(rank: int, world_size: int) -> list[dict[str, Tensor]]:
     """All cases in one start of the processes, which is what takes long."""
-    return [rank_step(case, how, rank, world_size) for case in CASES for how in HOWS]
+    return [rank_step(*way, rank, world_size) for way in WAYS]
 
 
 def check_all(found: list[dict[str, Tensor]]) -> None:
-    expected = [plain_step(case) for case in CASES for _ in HOWS]
-    names = [(case, how) for case in CASES for how in HOWS]
-    for name, ours, plain in zip(names, found, expected, strict=True):
-        for part, value in plain.items():
+    expected = {case: plain_step(case) for case in CASES}
+    for way, ours in zip(WAYS, found, strict=True):
+        plain = expected[way[0]]
+        assert set(ours) == set(plain)
+        for name, value in plain.items():
+            tolerance = 1e-6 if name.endswith("accuracy") else 1e-10  # the plain one's is in float32
             torch.testing.assert_close(
-                ours[part].double(), value, rtol=1e-6 if part in ("accuracy", "other") else 1e-10, atol=1e-12,
-                msg=lambda text, at=(name, part): f"{at}: {text}",
-            )  # fmt: skip
+                ours[name].double(),
+                value.detach(),
+                rtol=tolerance,
+                atol=1e-12,
+                msg=lambda text, at=(way, name): f"{at}: {text}",
+            )
 
 
 def test_every_way_equals_the_formula_in_one_process() -> None:
@@ -186,13 +225,12 @@ def test_the_default_is_the_plain_loss_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("case", [Case(), Case(ids=True), Case(queue=True, weights=True), CASES[5]])
 def test_the_streamed_gradient_is_that_of_central_differences(case: Case) -> None:
-    given = drawn(case)
-    rows = slice(4, 8)
-    queries, keys = unit(given["features"]["image"])[rows], unit(given["features"]["text"])
-    ids = None if given["ids"] is None else Ids(given["ids"][rows], given["ids"])
+    method, rows = Towers(case), slice(4, 8)
+    queries, keys = unit(method.features["image"])[rows], unit(method.features["text"])
+    ids = None if method.ids is None else Ids(method.ids[rows], method.ids)
 
     def losses(q: Tensor, k: Tensor, tau: Tensor) -> Tensor:
-        return info_nce_rows_blockwise(q, k, tau, first=4, ids=ids, queue=given["queue"], block=5).losses_b
+        return info_nce_rows_blockwise(q, k, tau, first=4, ids=ids, queue=method.queue, block=5).losses_b
 
     leaves = queries.requires_grad_(), keys.requires_grad_(), torch.tensor(0.2).double().requires_grad_()
     assert torch.autograd.gradcheck(losses, leaves)

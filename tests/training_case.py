@@ -100,9 +100,7 @@ class TinyMethod(Method):
             "text": self.embed_texts(batch.texts["text"]),
         }
 
-    def terms(
-        self, embeddings: Mapping[str, Tensor], rows_by_rank: Sequence[int] | None = None
-    ) -> Terms:
+    def terms(self, embeddings: Mapping[str, Tensor], rows_by_rank: Sequence[int] | None = None) -> Terms:
         image, text = (gather(embeddings[side], rows_by_rank) for side in ("image", "text"))
         temperature = self.temperature.float().squeeze(0)
         loss = info_nce(image, text, temperature) + info_nce(text, image, temperature)

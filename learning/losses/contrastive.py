@@ -64,9 +64,9 @@ def info_nce_rows(
 
     -1/|P(i)| Σ_{p∈P(i)} log( w_p exp(q_i·k_p/τ) / Σ_j w_j exp(q_i·k_j/τ) )
 
-    j and p go over the batch's keys (w = 1) and the queue's. Without `ids`, P(i) is key `first` + i alone, and
-    with no queue the mean over queries is COOKIE's Eq. 5. With `ids`, P(i) are all keys of the query's id and
-    of w > 0: soft labels, even over the positives, the mean outside of the logarithm (Khosla et al. 2020,
+    j and p go over the batch's keys (w = 1) and the queue's. Without `ids`, P(i) is key `first` + i alone;
+    with no queue the mean over queries is then COOKIE's Eq. 5. With `ids`, P(i) are all keys of the query's id
+    and of w > 0: soft labels, even over the positives, the mean outside of the logarithm (Khosla et al. 2020,
     L_out of Eq. 2). A query without any positive has no loss: nan. fp16 and bf16 are computed in fp32.
     Raises ValueError for shapes that do not fit, and where there is no negative.
     """
@@ -157,9 +157,7 @@ def check_rows(
         if ids is None and queue.ids_m is not None:
             raise ValueError("queue.ids_m: there are no ids of the queries; give `ids` too, or neither")
     if len(keys_nd) + stored < 2:
-        raise ValueError(
-            f"a batch of {len(keys_nd)} has no negatives; contrastive_batch must be 2 or more"
-        )
+        raise ValueError(f"a batch of {len(keys_nd)} has no negatives; contrastive_batch must be 2 or more")
 
 
 def _check(left_nd: Tensor, right_nd: Tensor) -> None:

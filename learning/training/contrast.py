@@ -79,7 +79,9 @@ class Contrast:
         if self.config.how == "full":
             query_nd, key_nd = self.every[queries], self.every[keys]
             if whole is None and queue is None:
-                return Contrasted(info_nce(query_nd, key_nd, temperature), matching_accuracy(query_nd, key_nd))
+                return Contrasted(
+                    info_nce(query_nd, key_nd, temperature), matching_accuracy(query_nd, key_nd)
+                )
             both = None if whole is None else Ids(whole, whole)
             rows = info_nce_rows(query_nd, key_nd, temperature, ids=both, queue=queue)
             return Contrasted(rows.losses_b.mean(), rows.hits_b.float().mean())
@@ -89,9 +91,7 @@ class Contrast:
             return self._mean(info_nce_rows(*pair, temperature, first=self.first, ids=own, queue=queue))
         block = self.config.block
         return self._mean(
-            info_nce_rows_blockwise(
-                *pair, temperature, first=self.first, ids=own, queue=queue, block=block
-            )
+            info_nce_rows_blockwise(*pair, temperature, first=self.first, ids=own, queue=queue, block=block)
         )
 
     def both_ways(

@@ -53,9 +53,7 @@ def backward(
         before.append(random_state())
         with torch.no_grad():
             embedded.append(engine(placed(part), embed_only=True))
-    leaves = {
-        name: torch.cat([one[name] for one in embedded]).requires_grad_() for name in embedded[0]
-    }
+    leaves = {name: torch.cat([one[name] for one in embedded]).requires_grad_() for name in embedded[0]}
     engine.set_gradient_accumulation_boundary(False)
     # The loss goes first: under ZeRO-3 the first backward of a step overwrites the gradients of the step
     # before, of the parameters that it reaches. This one reaches all, a temperature too.
