@@ -10,6 +10,7 @@ from learning import methods
 from learning.evaluation.gallery import TextField
 from learning.training.anomalies import AnomalyConfig
 from learning.training.checkpoint import CheckpointConfig
+from learning.training.contrast import ContrastConfig
 from learning.training.ema import EmaConfig
 from learning.training.loader import DataConfig
 from learning.training.rates import OptimizerConfig
@@ -54,6 +55,9 @@ class TrainingConfig(StageConfig):
             "validation.batch",
             "stall_limit_s",
             "anomalies.max_rewinds",  # it decides whether a run ends well, not what it makes then
+            # as the number of ranks: how the batch is held, the same mathematics
+            "contrast",
+            "micro_batch",
         }
     )
     roles: ClassVar[tuple[str, ...]] = ("corpus",)
@@ -69,6 +73,13 @@ class TrainingConfig(StageConfig):
     batch_per_gpu: int | None = Field(
         default=None, ge=1, description="checked: contrastive_batch = ranks × batch_per_gpu"
     )
+    contrast: ContrastConfig = ContrastConfig()
+    micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="samples that a rank embeds at a time (GradCache): the memory of so many, the gradients "
+        "of the whole contrastive_batch, for one forward pass more; null: all at once",
+    )
     epochs: int = Field(ge=1)
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
@@ -79,7 +90,8 @@ class TrainingConfig(StageConfig):
         default=None, description="average the weights, for validation and for out/; null: off"
     )
     activation_checkpointing: bool = Field(
-        default=False, description="compute each block again in backward: the same bits, less memory, more time"
+        default=False,
+        description="compute each block again in backward: the same bits, less memory, more time",
     )
     compile: bool = Field(
         default=False, description="torch.compile the blocks of towers and fusion; not under ZeRO-3"

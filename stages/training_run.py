@@ -117,6 +117,8 @@ class _Training:
             batch_per_gpu=config.contrastive_batch // distributed.world_size(),
             gradient_clip=config.gradient_clip,
             ema=config.ema,
+            contrast=config.contrast,
+            micro_batch=config.micro_batch,
             log_file=job.log / f"deepspeed_rank{distributed.rank()}.log",
         )
         if distributed.rank() == 0:

@@ -22,11 +22,19 @@ def parameters() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x, weight, torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
 
 
-def rank_loss(rank: int, world_size: int) -> list[torch.Tensor]:
-    """Value and engine-averaged gradients on one rank."""
-    x, weight, temperature = parameters()
+def rank_losses(rank: int, world_size: int) -> list[list[torch.Tensor]]:
+    """Value and engine-averaged gradients on one rank, of as many rows as the others have, and of other ones."""
     each = ROWS // world_size
-    loss = joined_loss(distributed.gather(x[rank * each : (rank + 1) * each] @ weight), temperature)
+    uneven = {1: (8,), 2: (7, 1), 4: (2, 1, 4, 1)}[world_size]
+    return [rank_loss(rank, world_size, counts) for counts in ((each,) * world_size, uneven)]
+
+
+def rank_loss(rank: int, world_size: int, counts: tuple[int, ...]) -> list[torch.Tensor]:
+    x, weight, temperature = parameters()
+    own = x[sum(counts[:rank]) : sum(counts[: rank + 1])]
+    loss = joined_loss(
+        distributed.gather(own @ weight, counts if len(set(counts)) > 1 else None), temperature
+    )
     loss.backward()
     averaged = []
     for parameter in (weight, temperature):
@@ -69,9 +77,10 @@ def test_gather_equals_one_process(world_size: int) -> None:
     x, weight, temperature = parameters()
     loss = joined_loss(x @ weight, temperature)
     loss.backward()
-    for told in run_distributed(rank_loss, world_size):
-        for value, expected in zip(told, [loss.detach(), weight.grad, temperature.grad], strict=True):
-            torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    for rank in run_distributed(rank_losses, world_size):
+        for told in rank:
+            for value, expected in zip(told, [loss.detach(), weight.grad, temperature.grad], strict=True):
+                torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,14 @@ class TinyMethod(Method):
         words = self.text(texts.ids) * texts.mask[..., None]
         return nn.functional.normalize(words.sum(1).float(), dim=-1)
 
-    def forward(self, batch: Batch) -> Terms:
-        image = gather(self.embed_images(batch.images["image"]))
-        text = gather(self.embed_texts(batch.texts["text"]))
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
+        return {
+            "image": self.embed_images(batch.images["image"]),
+            "text": self.embed_texts(batch.texts["text"]),
+        }
+
+    def terms(self, embeddings: Mapping[str, Tensor], rows_by_rank: Sequence[int] | None = None) -> Terms:
+        image, text = (gather(embeddings[side], rows_by_rank) for side in ("image", "text"))
         temperature = self.temperature.float().squeeze(0)
         loss = info_nce(image, text, temperature) + info_nce(text, image, temperature)
         return Terms({"ccl": loss}, {"temperature": temperature.detach()})

@@ -117,7 +117,9 @@ class VisionEncoder(Layered):
         """The modules that timm calls blocks: a ViT's layers, a ResNet's bottlenecks."""
         matcher = self._matcher()
         named = (matcher.get("blocks") or ()) if isinstance(matcher, dict) else ()
-        patterns = [named] if isinstance(named, str) else [pattern for pattern, order in named if order is None]
+        patterns = (
+            [named] if isinstance(named, str) else [pattern for pattern, order in named if order is None]
+        )
         found = [
             module
             for name, module in self.backbone.named_modules()

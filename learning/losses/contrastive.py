@@ -1,9 +1,40 @@
 """Contrastive losses over the whole batch: pure functions of gathered tensors, with no rank in them."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Keys of earlier steps, contrasted beside the batch's own. They get no gradient."""
+
+    keys_md: Float[Tensor, "m d"]
+    ids_m: Int64[Tensor, " m"] | None = None  # by which they are positives too; None: of no query
+    weights_m: Float[Tensor, " m"] | None = None  # w ≥ 0 of a key; 0 leaves it out; None: 1
+
+    def log_weights(self) -> Float[Tensor, " m"] | None:
+        """log w: what is added to a key's logits."""
+        return None if self.weights_m is None else self.weights_m.detach().log()
+
+
+@dataclass(frozen=True)
+class Ids:
+    """What queries and keys show: a key is a positive of every query that has its id."""
+
+    queries_b: Int64[Tensor, " b"]
+    keys_n: Int64[Tensor, " n"]
+
+
+class Rows(NamedTuple):
+    """What a loss gives for each query."""
+
+    losses_b: Float[Tensor, " b"]
+    hits_b: Bool[Tensor, " b"]  # whether the batch's most similar key is a positive: R@1 within the batch
 
 
 def info_nce(
@@ -18,6 +49,53 @@ def info_nce(
     _check(queries_nd, keys_nd)
     logits_nn = queries_nd @ keys_nd.T / temperature
     return F.cross_entropy(logits_nn, torch.arange(len(logits_nn), device=logits_nn.device))
+
+
+def info_nce_rows(
+    queries_bd: Float[Tensor, "b d"],
+    keys_nd: Float[Tensor, "n d"],
+    temperature: Float[Tensor, ""] | float,
+    *,
+    first: int = 0,
+    ids: Ids | None = None,
+    queue: Queue | None = None,
+) -> Rows:
+    """InfoNCE of some queries against all keys, a query at a time, the queue's keys beside the batch's.
+
+    -1/|P(i)| Σ_{p∈P(i)} log( w_p exp(q_i·k_p/τ) / Σ_j w_j exp(q_i·k_j/τ) )
+
+    j and p go over the batch's keys (w = 1) and the queue's. Without `ids`, P(i) is key `first` + i alone;
+    with no queue the mean over queries is then COOKIE's Eq. 5. With `ids`, P(i) are all keys of the query's id
+    and of w > 0: soft labels, even over the positives, the mean outside of the logarithm (Khosla et al. 2020,
+    L_out of Eq. 2). A query without any positive has no loss: nan. fp16 and bf16 are computed in fp32.
+    Raises ValueError for shapes that do not fit, and where there is no negative.
+    """
+    check_rows(queries_bd, keys_nd, first, ids, queue)
+    queries_bd, keys_nd = widened(queries_bd), widened(keys_nd)
+    logits = queries_bd @ keys_nd.T / temperature
+    best_b = logits.detach().argmax(dim=1)
+    left_out = None
+    if queue is not None:
+        stored = queries_bd @ queue.keys_md.detach().to(queries_bd.dtype).T / temperature
+        log_weights = queue.log_weights()
+        if log_weights is not None:
+            stored = stored + log_weights
+            left_out = torch.cat([log_weights.new_zeros(len(keys_nd)), log_weights]) == -torch.inf
+        logits = torch.cat([logits, stored], dim=1)
+    if ids is None:
+        own_b = torch.arange(first, first + len(logits), device=logits.device)
+        return Rows(F.cross_entropy(logits, own_b, reduction="none"), best_b == own_b)
+    positive = ids.queries_b[:, None] == ids.keys_n
+    hits_b = positive.gather(1, best_b[:, None]).squeeze(1)
+    if queue is not None:
+        same = positive.new_zeros((len(logits), len(queue.keys_md)))
+        if queue.ids_m is not None:
+            same = ids.queries_b[:, None] == queue.ids_m
+        positive = torch.cat([positive, same], dim=1)
+    if left_out is not None:
+        positive = positive & ~left_out
+    aligned = logits.log_softmax(dim=1).masked_fill(~positive, 0.0)
+    return Rows(-aligned.sum(dim=1) / positive.sum(dim=1), hits_b)
 
 
 def hardest_negative_hinge(
@@ -46,6 +124,40 @@ def matching_accuracy(queries_nd: Float[Tensor, "n d"], keys_nd: Float[Tensor, "
     """The share (0-1) of queries whose most similar key is their own: R@1 within the batch."""
     best_n = (queries_nd @ keys_nd.T).argmax(dim=1)
     return (best_n == torch.arange(len(best_n), device=best_n.device)).float().mean()
+
+
+def widened(x: Float[Tensor, "*d"]) -> Float[Tensor, "*d"]:
+    """In fp32 at least: a logit of 100 has no place after the point in bf16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_rows(
+    queries_bd: Tensor, keys_nd: Tensor, first: int, ids: Ids | None = None, queue: Queue | None = None
+) -> None:
+    """Raises ValueError when queries, keys, ids and queue do not fit each other, or leave no negative."""
+    if queries_bd.ndim != 2 or keys_nd.ndim != 2 or queries_bd.shape[1] != keys_nd.shape[1]:
+        raise ValueError(
+            f"(b, d) queries and (n, d) keys are needed: {tuple(queries_bd.shape)}, {tuple(keys_nd.shape)}"
+        )
+    if ids is None and not 0 <= first <= len(keys_nd) - len(queries_bd):
+        raise ValueError(
+            f"first: {len(queries_bd)} queries from row {first} on do not lie in {len(keys_nd)} keys"
+        )
+    if ids is not None and (len(ids.queries_b), len(ids.keys_n)) != (len(queries_bd), len(keys_nd)):
+        raise ValueError(
+            f"ids: {len(ids.queries_b)} of queries and {len(ids.keys_n)} of keys; there are "
+            f"{len(queries_bd)} and {len(keys_nd)}"
+        )
+    stored = 0
+    if queue is not None:
+        stored = len(queue.keys_md)
+        for name, values in (("ids_m", queue.ids_m), ("weights_m", queue.weights_m)):
+            if values is not None and len(values) != stored:
+                raise ValueError(f"queue.{name}: {len(values)} values for {stored} keys")
+        if ids is None and queue.ids_m is not None:
+            raise ValueError("queue.ids_m: there are no ids of the queries; give `ids` too, or neither")
+    if len(keys_nd) + stored < 2:
+        raise ValueError(f"a batch of {len(keys_nd)} has no negatives; contrastive_batch must be 2 or more")
 
 
 def _check(left_nd: Tensor, right_nd: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""What a method is: a module whose forward gives unweighted losses by name, and which embeds either side."""
+"""What a method is: a module that embeds a batch's views, and gives unweighted losses of them by name."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from learning.encoders.vision import VisionEncoder
+from learning.training.contrast import ContrastConfig
 
 ImageView = Literal["plain", "augmented"]
 TextView = Literal["plain", "augmented"]
@@ -33,6 +34,9 @@ class Texts:
     def to(self, device: torch.device) -> "Texts":
         return Texts(self.ids.to(device), self.mask.to(device))
 
+    def rows(self, part: slice) -> "Texts":
+        return Texts(self.ids[part], self.mask[part])
+
 
 @dataclass
 class Batch:
@@ -43,6 +47,10 @@ class Batch:
     keys: list[str]  # sample keys, for the ledger and for errors
     # What a frozen image tower gave for a view, which `images` then lacks (data.cache: tokens)
     tokens: dict[str, Float[Tensor, "b n v"]] = field(default_factory=dict)
+    rows_by_rank: tuple[int, ...] | None = None  # of every rank's part; None: all have as many as this one
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(
@@ -50,6 +58,17 @@ class Batch:
             {name: text.to(device) for name, text in self.texts.items()},
             self.keys,
             {name: tokens.to(device) for name, tokens in self.tokens.items()},
+            self.rows_by_rank,
+        )
+
+    def rows(self, part: slice) -> "Batch":
+        """Some of this rank's rows; `rows_by_rank` stays that of the whole."""
+        return Batch(
+            {name: image[part] for name, image in self.images.items()},
+            {name: text.rows(part) for name, text in self.texts.items()},
+            self.keys[part],
+            {name: tokens[part] for name, tokens in self.tokens.items()},
+            self.rows_by_rank,
         )
 
 
@@ -70,9 +89,13 @@ class Views:
 
 
 class Method(nn.Module, ABC):
-    """One paper. `losses` are the names of the losses to compute (the keys of the recipe's weights)."""
+    """One paper. `losses` are the names of the losses to compute (the keys of the recipe's weights).
+
+    A step is `encode`, row by row, and `terms`, over the rows of all ranks: the first may be done in parts.
+    """
 
     available_losses: ClassVar[tuple[str, ...]] = ()
+    contrast = ContrastConfig()  # how `terms` computes over ranks; an engine sets the recipe's
 
     def __init__(self, losses: tuple[str, ...]):
         super().__init__()
@@ -86,11 +109,24 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def views(self) -> Views:
-        """The views that `forward` reads, given the losses it computes."""
+        """The views that `encode` reads, given the losses to compute."""
 
     @abstractmethod
+    def encode(self, batch: Batch) -> dict[str, Float[Tensor, "b d"]]:
+        """Unit-length embeddings of the views. No row depends on another, but by batch normalisation."""
+
+    @abstractmethod
+    def terms(
+        self, embeddings: Mapping[str, Float[Tensor, "b d"]], rows_by_rank: Sequence[int] | None = None
+    ) -> Terms:
+        """Unweighted losses of what `encode` gave; the keys equal `self.losses`.
+
+        Embeddings are gathered over ranks with gradient; `rows_by_rank` as in `Batch`.
+        """
+
     def forward(self, batch: Batch) -> Terms:
-        """Unweighted losses; its keys equal `self.losses`. Features are gathered over ranks with gradient."""
+        """The losses of a batch: `terms` of `encode`."""
+        return self.terms(self.encode(batch), batch.rows_by_rank)
 
     @abstractmethod
     def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
@@ -101,7 +137,7 @@ class Method(nn.Module, ABC):
         """Unit-length text embeddings."""
 
     def frozen_image_tower(self) -> VisionEncoder | None:
-        """Images (b, 3, h, w) → tokens (b, n, v), if it never learns: `forward` reads Batch.tokens."""
+        """Images (b, 3, h, w) → tokens (b, n, v), if it never learns: `encode` reads Batch.tokens."""
         return None
 
     def parts(self) -> dict[str, list[nn.Parameter]]:

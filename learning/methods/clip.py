@@ -1,5 +1,6 @@
 """The baseline: two towers, pooled, projected and contrasted (Radford et al. 2021)."""
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,10 +12,9 @@ from torch import Tensor, nn
 from learning.encoders.pooling import Pooling, make_pooling
 from learning.encoders.text import TextConfig, TextEncoder
 from learning.encoders.vision import VisionConfig, VisionEncoder
-from learning.losses.contrastive import hardest_negative_hinge, info_nce, matching_accuracy
 from learning.losses.temperature import Temperature, TemperatureConfig
 from learning.methods.base import Batch, ImageView, Method, MethodConfig, Terms, Texts, TextView, Views
-from learning.training.distributed import gather
+from learning.training.contrast import Contrast
 
 
 class Config(MethodConfig):
@@ -74,23 +74,25 @@ class Clip(Method):
     def views(self) -> Views:
         return Views({"image": self.config.ccl_view}, {"text": self.config.ccl_text_view})
 
-    def forward(self, batch: Batch) -> Terms:
+    def encode(self, batch: Batch) -> dict[str, Float[Tensor, "b d"]]:
         tokens = batch.tokens.get("image")
         image = self.fusion["image"](self.vision(batch.images["image"]) if tokens is None else tokens)
-        text = self.embed_texts(batch.texts["text"])
-        image, text = gather(torch.cat([image, text], dim=1)).chunk(2, dim=1)
+        return {"image": image, "text": self.embed_texts(batch.texts["text"])}
+
+    def terms(
+        self, embeddings: Mapping[str, Float[Tensor, "b d"]], rows_by_rank: Sequence[int] | None = None
+    ) -> Terms:
+        step = Contrast(self.contrast, embeddings, rows_by_rank)
         losses: dict[str, Tensor] = {}
         report: dict[str, Tensor] = {}
-        accuracy = (matching_accuracy(image, text) + matching_accuracy(text, image)) / 2
         if "ccl" in self.losses:
+            temperature = self.temperature()
+            report["temperature"] = temperature.detach()
             # Differs from the paper: the sum of the directions, not their mean, so that weights mean what
             # COOKIE's do
-            temperature = self.temperature()
-            losses["ccl"] = info_nce(image, text, temperature) + info_nce(text, image, temperature)
-            report |= {"temperature": temperature.detach(), "ccl_accuracy": accuracy}
+            losses["ccl"], report["ccl_accuracy"] = step.both_ways("image", "text", temperature)
         if "hinge" in self.losses:
-            losses["hinge"] = hardest_negative_hinge(image, text, self.config.hinge_margin)
-            report["hinge_accuracy"] = accuracy
+            losses["hinge"], report["hinge_accuracy"] = step.hinge("image", "text", self.config.hinge_margin)
         return Terms(losses, report)
 
     def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:

@@ -1,5 +1,6 @@
 """COOKIE (Wen et al.): two towers, TAV-TE and WS-TE on top, cross-modal and single-modal contrast."""
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -17,10 +18,9 @@ from learning.encoders.fusion import (
 from learning.encoders.pooling import Pooling, make_pooling
 from learning.encoders.text import TextConfig, TextEncoder
 from learning.encoders.vision import VisionConfig, VisionEncoder
-from learning.losses.contrastive import hardest_negative_hinge, info_nce, matching_accuracy
 from learning.losses.temperature import Temperature, TemperatureConfig
 from learning.methods.base import Batch, ImageView, Method, MethodConfig, Terms, Texts, TextView, Views
-from learning.training.distributed import gather
+from learning.training.contrast import Contrast
 
 Side = Literal["image", "text"]
 CclView = Literal["plain", "augmented", "a"]
@@ -193,10 +193,16 @@ class Cookie(Method):
             return self.config.ccl_view == "a" and "vcl" in self.losses
         return self.config.ccl_text_view == "a" and "tcl" in self.losses
 
-    def forward(self, batch: Batch) -> Terms:
-        local = self._images(batch) | self._texts(batch.texts)
-        every = dict(
-            zip(local, gather(torch.cat(list(local.values()), dim=1)).chunk(len(local), dim=1), strict=True)
+    def encode(self, batch: Batch) -> dict[str, Float[Tensor, "b d"]]:
+        return self._images(batch) | self._texts(batch.texts)
+
+    def terms(
+        self, embeddings: Mapping[str, Float[Tensor, "b d"]], rows_by_rank: Sequence[int] | None = None
+    ) -> Terms:
+        step = Contrast(self.contrast, embeddings, rows_by_rank)
+        crossed = (
+            "image_a" if self._reused("image") else "image",
+            "text_a" if self._reused("text") else "text",
         )
         temperature = self.temperature()
         losses: dict[str, Tensor] = {}
@@ -204,27 +210,19 @@ class Cookie(Method):
         if set(self.losses) & {"ccl", "vcl", "tcl"}:
             report["temperature"] = temperature.detach()
         if "ccl" in self.losses:
-            image, text = self._crossed(every)
-            losses["ccl"] = info_nce(image, text, temperature) + info_nce(
-                text, image, temperature
-            )  # Eq. 6, 7
-            report["ccl_accuracy"] = (matching_accuracy(image, text) + matching_accuracy(text, image)) / 2
+            losses["ccl"], report["ccl_accuracy"] = step.both_ways(*crossed, temperature)  # Eq. 6, 7
         if "vcl" in self.losses:
-            losses["vcl"] = info_nce(every["image_a"], every["image_b"], temperature)  # Eq. 8, 9
-            report["vcl_accuracy"] = matching_accuracy(every["image_a"], every["image_b"])
+            losses["vcl"], report["vcl_accuracy"] = step.info_nce(
+                "image_a", "image_b", temperature
+            )  # Eq. 8, 9
         if "tcl" in self.losses:
-            losses["tcl"] = info_nce(every["text_a"], every["text_b"], temperature)  # Eq. 10, 11
-            report["tcl_accuracy"] = matching_accuracy(every["text_a"], every["text_b"])
+            losses["tcl"], report["tcl_accuracy"] = step.info_nce(
+                "text_a", "text_b", temperature
+            )  # Eq. 10, 11
         if "hinge" in self.losses:
-            image, text = self._crossed(every)
-            losses["hinge"] = hardest_negative_hinge(image, text, self.config.hinge_margin)  # Eq. 13
-            report["hinge_accuracy"] = (matching_accuracy(image, text) + matching_accuracy(text, image)) / 2
+            margin = self.config.hinge_margin
+            losses["hinge"], report["hinge_accuracy"] = step.hinge(*crossed, margin)  # Eq. 13
         return Terms(losses, report)
-
-    def _crossed(self, every: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """I and T of CCL and the hinge."""
-        image = every["image_a" if self._reused("image") else "image"]
-        return image, every["text_a" if self._reused("text") else "text"]
 
     def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         return self.fusion.image(self.vision(images))

@@ -5,6 +5,10 @@ engine averages parameter gradients over ranks; the collectives here sum gradien
 parameter behind a gather then gets (1/W) · Σ_r W · dL/dx_r · dx_r/dθ, a parameter after it (a temperature)
 gets (1/W) · Σ_r dL/dθ: both are exactly the gradient of one process on the joined batch.
 
+The same holds where a rank computes only its share L_r and the loss is `sum_over_ranks(L_r)`, L = Σ_r L_r: the
+sum's backward gives each L_r the factor W, so a rank's own features and a temperature get
+(1/W) · Σ_r W · dL_r/dθ, and features behind a gather (1/W) · Σ_s Σ_r W · dL_r/dx_s · dx_s/dθ.
+
 Without a process group everything here is the identity of one process.
 """
 
@@ -98,18 +102,23 @@ class _Gather(torch.autograd.Function):
     """all_gather along the first dimension; backward sums over ranks and takes the own rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        gathered = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
+    def forward(ctx: Any, x: Tensor, rows_by_rank: Sequence[int]) -> Tensor:
+        here, longest = dist.get_rank(), max(rows_by_rank)
+        ctx.own = slice(sum(rows_by_rank[:here]), sum(rows_by_rank[: here + 1]))
+        if len(x) < longest:  # a collective moves as many rows from every rank
+            x = torch.cat([x, x.new_zeros((longest - len(x), *x.shape[1:]))])
+        gathered = x.new_empty((len(rows_by_rank) * longest, *x.shape[1:]))
         dist.all_gather_into_tensor(gathered, x.contiguous())
-        ctx.rows = x.shape[0]
+        if min(rows_by_rank) < longest:
+            parts = zip(gathered.split(longest), rows_by_rank, strict=True)
+            gathered = torch.cat([part[:rows] for part, rows in parts])
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         summed = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True).contiguous()
         dist.all_reduce(summed)
-        own = summed[dist.get_rank() * ctx.rows : (dist.get_rank() + 1) * ctx.rows]
-        return own.to(gradient.dtype)
+        return summed[ctx.own].to(gradient.dtype), None
 
 
 class _Sum(torch.autograd.Function):
@@ -128,11 +137,23 @@ class _Sum(torch.autograd.Function):
         return summed
 
 
-def gather(x: Shaped[Tensor, " b *d"]) -> Shaped[Tensor, " world_b *d"]:
-    """All ranks' rows, rank 0's first, with gradient: (b, …) → (world·b, …). b is the same on every rank."""
-    if world_size() == 1:
-        return x
-    return _Gather.apply(x)
+def gather(
+    x: Shaped[Tensor, " b *d"], rows_by_rank: Sequence[int] | None = None
+) -> Shaped[Tensor, " world_b *d"]:
+    """All ranks' rows, rank 0's first, with gradient: (b, …) → (Σ_r b_r, …).
+
+    `rows_by_rank` says how many rows each rank has, the same on all of them; None: all have as many as this
+    one. Raises ValueError when it does not fit the ranks or this rank's rows.
+    """
+    ranks = world_size()
+    if rows_by_rank is None:
+        rows_by_rank = (len(x),) * ranks
+    elif len(rows_by_rank) != ranks or rows_by_rank[rank()] != len(x):
+        raise ValueError(
+            f"rows_by_rank: {list(rows_by_rank)} on rank {rank()} of {ranks} with {len(x)} rows; give the "
+            "rows of every rank, in rank order"
+        )
+    return x if ranks == 1 else _Gather.apply(x, rows_by_rank)
 
 
 def sum_over_ranks(x: Shaped[Tensor, " *d"]) -> Shaped[Tensor, " *d"]:

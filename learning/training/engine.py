@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from learning.methods.base import Batch, Method
-from learning.training import distributed, watchdog
+from learning.methods.base import Batch, Method, Terms
+from learning.training import distributed, grad_cache, watchdog
 from learning.training.checkpoint import Writer
+from learning.training.contrast import ContrastConfig
 from learning.training.ema import Ema, EmaConfig, held_weights, set_weights
 from learning.training.randomness import random_state, set_random_state
 from learning.training.rates import OptimizerConfig, parameter_groups
@@ -56,8 +57,31 @@ class Objective(nn.Module):
         self.method = method
         self.weights = dict(weights)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        terms = self.method(batch)
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        early: Mapping[str, Tensor] | None = None,
+        gradients: Mapping[str, Tensor] | None = None,
+        embed_only: bool = False,
+    ) -> Any:
+        """(total, losses, report) of a batch; its other uses are GradCache's (learning/training/grad_cache.py).
+
+        `early`: embeddings of rows that come before the batch's and belong to the loss; `gradients`: of the
+        loss by the batch's embeddings, for the one scalar Σ <e, dL/de>; `embed_only`: the embeddings.
+        """
+        if early is None and gradients is None and not embed_only:
+            return self._weighed(self.method(batch))
+        embeddings = self.method.encode(batch)
+        if embed_only:
+            return embeddings
+        if gradients is not None:
+            return torch.stack([(e * gradients[name]).sum() for name, e in embeddings.items()]).sum()
+        assert early is not None
+        whole = {name: torch.cat([early[name], e]) for name, e in embeddings.items()}
+        return self._weighed(self.method.terms(whole, batch.rows_by_rank))
+
+    def _weighed(self, terms: Terms) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         if set(terms.losses) != set(self.weights):
             raise ValueError(
                 f"losses: the recipe weighs {sorted(self.weights)}, {type(self.method).__name__} computed "
@@ -140,11 +164,15 @@ class Engine:
         batch_per_gpu: int,
         gradient_clip: float = 0.0,
         ema: EmaConfig | None = None,
+        contrast: ContrastConfig | None = None,
+        micro_batch: int | None = None,
         log_file: Path | None = None,
     ):
         """`batch_per_gpu` in samples; `gradient_clip`: largest norm of the whole gradient, 0 for no limit.
 
-        Takes `method` over: its parameters become DeepSpeed's. Raises ValueError for what cannot be done.
+        `contrast`: how the losses are computed over ranks; `micro_batch`: samples embedded at a time, None
+        for all. Takes `method` over: its parameters become DeepSpeed's. Raises ValueError for what cannot be
+        done.
         """
         self.device = distributed.device()
         self.dtype = dtype_of(deepspeed_config)
@@ -155,6 +183,10 @@ class Engine:
         scalars = [name for name, p in method.named_parameters() if p.ndim == 0]
         if scalars:  # DeepSpeed broadcasts parameters as views of bytes, and a 0-dimensional one has none
             raise ValueError(f"parameters of 0 dimensions: {', '.join(scalars)}; give them the shape (1,)")
+        self.micro_batch = micro_batch
+        if micro_batch is not None and micro_batch < batch_per_gpu:
+            grad_cache.refuse_batch_statistics(method)
+        method.contrast = contrast or ContrastConfig()
         groups = parameter_groups(method, optimizer)
         adamw = torch.optim.AdamW(
             groups, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps, fused=True
@@ -206,8 +238,7 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate_factor
         self._engine.train()
-        total, losses, report = self._engine(self._placed(batch))
-        self._engine.backward(total * self._loss_scale())
+        total, losses, report = self._backward(batch)
         norm = self._plain_norm() if want_norm and self.stage == 0 and self.dtype == torch.float32 else None
         watchdog.enter("optimizer")
         self._engine.step()
@@ -229,6 +260,21 @@ class Engine:
         made |= {f"text '{name}'": self.method.embed_texts(texts) for name, texts in placed.texts.items()}
         self._engine.train()
         return made
+
+    def _backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Forward and backward, in parts where the batch is larger than `micro_batch`."""
+        parts = grad_cache.parts_of(batch, self.micro_batch)
+        if len(parts) > 1:
+            return grad_cache.backward(
+                self._engine,
+                parts,
+                self._placed,
+                loss_scale=self._loss_scale(),
+                gradient_scale=self._gradient_scale(),
+            )
+        total, losses, report = self._engine(self._placed(batch))
+        self._engine.backward(total * self._loss_scale())
+        return total, losses, report
 
     def learning_rates(self) -> dict[str, float]:
         """The learning rate of each part (of its top layer), as the last step had it."""
@@ -316,7 +362,9 @@ class Engine:
     def _load_averages(self, path: Path) -> None:
         assert self._ema is not None
         if not path.is_file():
-            raise ValueError(f"{path}: missing: the checkpoint was written without `ema`; train without it too")
+            raise ValueError(
+                f"{path}: missing: the checkpoint was written without `ema`; train without it too"
+            )
         found = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         whole = {id(p): found["weights"][name].to(self.device) for name, p in self._trained().items()}
         with self._ema.exchanged():
@@ -336,6 +384,12 @@ class Engine:
         if self.stage == 0 and self.dtype == torch.float16:
             return float(self._optimizer.loss_scale_config.cur_scale)
         return 1.0
+
+    def _gradient_scale(self) -> float:
+        """What the gradients of a backward pass come multiplied by, whoever does it."""
+        if self.stage > 0 and self.dtype == torch.float16:
+            return float(self._optimizer.loss_scale)
+        return self._loss_scale()
 
     def _plain_norm(self) -> float:
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
