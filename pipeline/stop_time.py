@@ -29,9 +29,7 @@ def stop_at(stop_after: str | None = None, environment: Mapping[str, str] = os.e
         try:
             times.append(float(told))
         except ValueError:
-            raise StageError(
-                f"{VARIABLE}: '{told}' is no time; give unix seconds (date +%s)"
-            ) from None
+            raise StageError(f"{VARIABLE}: '{told}' is no time; give unix seconds (date +%s)") from None
     return min(times, default=None)
 
 
