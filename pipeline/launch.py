@@ -199,6 +199,8 @@ class Launcher:
             if rank.code not in (None, DONE, STOPPED) and rank.number not in spoke and not spoke_of_another:
                 records.append(self._silent(rank))
         cause = min(records, key=lambda record: record.cause_order)
+        if cause.code == STALLED:
+            logs.write_error(self.directory, cause)  # a rank that starts late clears what names it
         code = cause.code if cause.code in (USER_ERROR, STALLED) else CRASHED
         lines = logs.tail(logs.log_path(self.directory, cause.rank))
         return Outcome(code, cause, tuple(lines))

@@ -86,7 +86,7 @@ def start(
     return processes
 
 
-def end(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float = 300.0) -> list[int | None]:
+def end(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float = 800.0) -> list[int | None]:
     """Wait; what still runs after one failed (or after the timeout) is killed. The exit codes before that."""
     deadline, codes = time.monotonic() + timeout_s, [process.poll() for process in processes]
     while any(code is None for code in codes) and time.monotonic() < deadline:
@@ -100,7 +100,7 @@ def end(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float = 300.0) 
     return codes
 
 
-def wait_for_step(directory: Path, rank: int, step: int, timeout_s: float = 240.0) -> Heartbeat:
+def wait_for_step(directory: Path, rank: int, step: int, timeout_s: float = 600.0) -> Heartbeat:
     """The heartbeat of a rank once it is in that step or later."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

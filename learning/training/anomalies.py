@@ -93,8 +93,9 @@ class LossWatch:
         (step, result), self._held = self._held, None
         if is_bad:
             terms = ", ".join(f"loss/{name} {float(value)}" for name, value in sorted(result.losses.items()))
-            # the loss of a step may be broken by the update of the step before
-            raise Anomaly(step, f"the loss is no number ({terms})", (step - 1, step))
+            told = distributed.gather_objects(None if math.isfinite(float(result.total)) else terms)
+            what = f"the loss is no number ({next(text for text in told if text is not None)})"
+            raise Anomaly(step, what, (step - 1, step))  # the update of the step before may have broken it
         if self.config.spike_factor is None:
             return
         if len(self.recent) >= self.config.window:
@@ -113,7 +114,7 @@ def weights_are_numbers(engine: Engine) -> bool:
     """Whether all weights, of all ranks, are finite; the same answer on every rank."""
     with torch.no_grad():
         own = [getattr(p, "ds_tensor", p) for p in engine.method.parameters()]
-        bad = torch.stack([~torch.isfinite(p).all() for p in own]).any()
+        bad = torch.stack([~torch.isfinite(p).all().to(engine.device) for p in own]).any()
     return not distributed.all_reduce_max(int(bad))
 
 

@@ -122,7 +122,7 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
-        self._thread.join()
+        self._thread.join(MOST_BEAT_S)  # it may hang in a file system that is away
         with contextlib.suppress(OSError):
             heartbeat_path(self.directory, self.rank).unlink()
 
