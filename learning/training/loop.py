@@ -6,7 +6,7 @@ All ranks run it together: they act on the same flag at the same step, so they s
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,13 @@ from torch import Tensor
 from learning.training import distributed
 from learning.training.checkpoint import CheckpointConfig, Checkpoints, Writer
 from learning.training.engine import Engine, StepResult
-from learning.training.loader import BadSamples, Batches, Failed, Loaded, batches_from
+from learning.training.loader import BadSamples, Batches, Failed, Loaded
+from learning.training.prefetch import batches_from
 from learning.training.schedule import ScheduleConfig, factor
 
 logger = logging.getLogger(__name__)
 
-GO, STOP, FAIL = 0, 1, 2
+GO, SKIPPED, STOP, FAIL = 0, 1, 2, 3
 BEST = "best.pt"
 
 
@@ -131,7 +132,7 @@ class _Run:
         self.shown.begin(self.position.step, self.steps)
         self._restart_clock()
         with closing(batches_from(self.batches, self.position.step, self.steps)) as source:
-            for loaded in source:
+            for loaded in self._timed(source):
                 if self._agree(loaded) == STOP:
                     self._save(last=True)
                     return self._outcome(stopped=True)
@@ -163,21 +164,40 @@ class _Run:
         self.saved_step = self.position.step
         logger.info("going on at step %d from %s", self.position.step, found.directory)
 
+    def _timed(self, source: Iterator[Loaded | Failed]) -> Iterator[Loaded | Failed]:
+        """`source`; the seconds that the training waited for it are added up."""
+        while True:
+            begun = time.perf_counter()
+            loaded = next(source, None)
+            self._waited_s += time.perf_counter() - begun
+            if loaded is None:
+                return
+            yield loaded
+
     def _agree(self, loaded: Loaded | Failed) -> int:
         """The same flag on every rank. Raises ValueError on all when one could not make its batch."""
-        failure: str | None = loaded.message if isinstance(loaded, Failed) else self._note(loaded.skipped)
-        flag = distributed.all_reduce_max(FAIL if failure else STOP if self.shown.should_stop() else GO)
+        failure: str | None = loaded.message if isinstance(loaded, Failed) else None
+        new = {} if isinstance(loaded, Failed) else self.bad.new(loaded.skipped)
+        stop = self.shown.should_stop()
+        flag = distributed.all_reduce_max(FAIL if failure else STOP if stop else SKIPPED if new else GO)
         if flag == FAIL:
             told = distributed.gather_objects(failure)
             raise ValueError(
                 "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(told) if message)
             )
+        if flag != GO:
+            self._note(new)
         return flag
 
-    def _note(self, skipped: dict[str, str]) -> str | None:
-        for why in self.bad.add(skipped).values():
+    def _note(self, new: dict[str, str]) -> None:
+        """Add what any rank skipped. Raises ValueError, on all ranks, when it is too much."""
+        for why in new.values():
             logger.warning("skipped a sample: %s", why)
-        return self.bad.too_many()
+        for each in distributed.gather_objects(new):
+            self.bad.why |= each
+        problem = self.bad.too_many()
+        if problem is not None:
+            raise ValueError(problem)
 
     def _step(self, loaded: Loaded) -> None:
         number = self.position.step + 1
@@ -212,9 +232,10 @@ class _Run:
         local = {f"loss/{name}": float(value) for name, value in result.losses.items()}
         local |= {f"train/{name}": float(value) for name, value in result.report.items()}
         local["loss/total"] = float(result.total)
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        local["train/data_wait_share"] = self._waited_s / seconds
         values = distributed.mean_over_ranks(local)
-        now = time.perf_counter()
-        speed = self._unlogged * self.batches.contrastive_batch / max(now - self._since, 1e-9)
+        speed = self._unlogged * self.batches.contrastive_batch / seconds
         rates = self.engine.learning_rates()
         values |= {
             "train/lr": max(rates.values()),
@@ -230,7 +251,7 @@ class _Run:
         self._restart_clock()
 
     def _restart_clock(self) -> None:
-        self._since, self._unlogged = time.perf_counter(), 0
+        self._since, self._unlogged, self._waited_s = time.perf_counter(), 0, 0.0
 
     def _between_steps(self) -> None:
         """Validation where due, then a checkpoint where due: the checkpoint knows the validation."""
@@ -266,8 +287,7 @@ class _Run:
         if self.saved_step == self.position.step:
             return
         self._check_finite()  # a checkpoint of numbers that are none would be worth nothing
-        told = distributed.gather_objects(self.bad.why)
-        self.position.bad = {key: why for each in told for key, why in each.items()}
+        self.position.bad = dict(self.bad.why)
         problem = self.checkpoints.save(
             self.position.step,
             self.position.as_dict(self.batches.per_epoch),
