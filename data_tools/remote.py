@@ -41,7 +41,7 @@ class Remote:
     """The files below an address. Safe across fork, spawn and threads: it holds no connection."""
 
     def __init__(self, address: str) -> None:
-        """Options of a protocol (endpoint, credentials) are fsspec's own: FSSPEC_S3_ENDPOINT_URL and so on."""
+        """Options of a protocol (endpoint, credentials) are fsspec's: FSSPEC_S3_ENDPOINT_URL and so on."""
         self.address = address.rstrip("/")
 
     def where(self, name: str) -> str:
@@ -68,8 +68,9 @@ class Remote:
                     raise RemoteError(problem) from error
                 late = time.monotonic() - begun + wait_s > PATIENCE.total_s
                 if number == PATIENCE.tries or late:
+                    spent_s = time.monotonic() - begun
                     raise RemoteError(
-                        f"{url}: cannot be read, {number} tries in {time.monotonic() - begun:.0f} s; the last: "
+                        f"{url}: cannot be read, {number} tries in {spent_s:.0f} s; the last: "
                         f"{_said(error)}. See that the server answers, and run the same command again."
                     ) from error
                 logger.warning("%s: %s; again in %.1f s", url, _said(error), wait_s)

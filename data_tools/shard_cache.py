@@ -163,7 +163,8 @@ def _download(part: Path, name: str, size: int, sha256: str, remote: Remote) -> 
 class RemoteFiles:
     """The files of a corpus at an address. See shard_files.ShardFiles for what each method does."""
 
-    def __init__(self, address: str, cache: ShardCache) -> None:
+    def __init__(self, address: str, cache: ShardCache | None) -> None:
+        """Without a cache nothing but the manifest can be read."""
         self._remote, self._cache = Remote(address), cache
         self._known: dict[str, tuple[int, str]] = {}  # shard → bytes, sha256
         self._ahead: _FetchAhead | None = None
@@ -189,7 +190,17 @@ class RemoteFiles:
 
     def sha256(self, shard: str) -> str:
         with self._opened(shard, *self._known[shard]) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+    def reads(self, together: int | None) -> None:
+        sizes = sorted((size for size, _ in self._known.values()), reverse=True)
+        needed = sum(sizes if together is None else sizes[: 2 * together])
+        if self._cache is not None and needed > self._cache.limit_bytes:
+            raise CorpusError(
+                f"{self.where('')}: {needed / 1e9:,.3f} GB of it are read at a time, the cache "
+                f"{self._cache.directory} takes {self._cache.limit_bytes / 1e9:,.3f}: shards would be "
+                "fetched over and over; raise data.cache_gb, or set data.mix_shards (lower)"
+            )
 
     def fetch_ahead(self, shards: Sequence[str]) -> None:
         if self._ahead is None:
@@ -200,6 +211,8 @@ class RemoteFiles:
         """Nothing is kept open."""
 
     def _opened(self, name: str, size: int, sha256: str) -> BinaryIO:
+        if self._cache is None:
+            raise CorpusError(f"{self.where(name)}: is read by way of a cache: give data.cache_dir")
         try:
             return self._cache.open(name, size, sha256, self._remote)
         except RemoteError as error:

@@ -40,6 +40,12 @@ class ShardFiles(Protocol):
     def sha256(self, shard: str) -> str:
         """Of the whole shard, read anew."""
 
+    def reads(self, together: int | None) -> None:
+        """So many of the known shards will be read at a time, and as many of the next; None: all.
+
+        Raises CorpusError where they do not fit in a cache.
+        """
+
     def fetch_ahead(self, shards: Sequence[str]) -> None:
         """These will be read soon. Returns at once, raises nothing."""
 
@@ -104,6 +110,9 @@ class DirectoryFiles:
     def sha256(self, shard: str) -> str:
         with (self._directory / shard).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def reads(self, together: int | None) -> None:
+        """Nothing has to fit: they are here."""
 
     def fetch_ahead(self, shards: Sequence[str]) -> None:
         """Nothing to fetch: they are here."""

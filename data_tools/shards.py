@@ -223,9 +223,9 @@ class ShardIndex:
         return digest.hexdigest()
 
     @staticmethod
-    def splits(directory: Path) -> dict[str, int]:
+    def splits(corpus: Path | str) -> dict[str, int]:
         """The splits of a corpus, with how many samples each has."""
-        return dict(_read_manifest(DirectoryFiles(Path(directory)))["splits"])
+        return dict(_read_manifest(_files(corpus, None))["splits"])
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -265,7 +265,11 @@ class ShardIndex:
         """What errors call sample i: its shard and its key."""
         return f"{self._files.where(self._shard(i))}: sample {self.keys[i]}"
 
-    def fetch_ahead(self, samples: Sequence[int]) -> None:
+    def reads(self, together: int | None) -> None:
+        """So many shards will be read at a time; None: all. CorpusError when no cache holds them twice."""
+        self._files.reads(together)
+
+    def fetch_ahead(self, samples: Sequence[int] | np.ndarray) -> None:
         """These will be read soon: shards at an address are fetched meanwhile. Returns at once."""
         self._files.fetch_ahead([self.shards[n] for n in dict.fromkeys(self.shard_of[samples].tolist())])
 
@@ -298,11 +302,7 @@ class ShardIndex:
 
 
 def _files(corpus: Path | str, cache: ShardCache | None) -> ShardFiles:
-    if not is_address(str(corpus)):
-        return DirectoryFiles(Path(corpus))
-    if cache is None:
-        raise CorpusError(f"{corpus}: an address is read by way of a cache: give data.cache_dir")
-    return RemoteFiles(str(corpus), cache)
+    return RemoteFiles(str(corpus), cache) if is_address(str(corpus)) else DirectoryFiles(Path(corpus))
 
 
 def _read_manifest(files: ShardFiles) -> dict[str, Any]:
@@ -330,5 +330,7 @@ def _read_index(files: ShardFiles, manifest: dict[str, Any]) -> pa.Table:
         ) from error
     missing = set(_INDEX) - set(table.column_names)
     if missing:
-        raise CorpusError(f"{where}: the index lacks {', '.join(sorted(missing))}. Run the shard stage again.")
+        raise CorpusError(
+            f"{where}: the index lacks {', '.join(sorted(missing))}. Run the shard stage again."
+        )
     return table

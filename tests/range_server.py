@@ -66,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
 def serving(directory: Path) -> Iterator[RangeServer]:
     """A server of `directory` in a thread."""
     server = RangeServer(directory)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield server

@@ -284,7 +284,9 @@ def test_a_crop_has_the_views_pixels_at_whatever_scale(monkeypatch: pytest.Monke
     assert min(min(crop) for crop in crops) >= 64
     assert set(jpeg._decoded) == {2, 4}  # 1/4 where the crop takes more than 64 × 4 of 300 px
     alone = transform.augmented(encoded(smooth(320, 300), "JPEG"), generator(7))
-    assert torch.equal(transform.augmented(jpeg, generator(7)), alone)  # what others asked for changes nothing
+    assert torch.equal(
+        transform.augmented(jpeg, generator(7)), alone
+    )  # what others asked for changes nothing
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -1,6 +1,5 @@
 """Order, keyed randomness, skipping and caching of the training loader."""
 
-import io
 import os
 import random
 import signal

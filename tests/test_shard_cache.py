@@ -123,7 +123,9 @@ def test_a_server_that_hangs_or_is_not_there_is_named(
     server.fault = lambda path, times: time.sleep(1.0)  # type: ignore[func-returns-value]
     with pytest.raises(CorpusError, match=r"train-00000.tar: cannot be read, 4 tries .*Timeout"):
         index.image_bytes(0)
-    with pytest.raises(CorpusError, match=r"http://127.0.0.1:9/corpus/manifest.json: cannot be read, 4 tries"):
+    with pytest.raises(
+        CorpusError, match=r"http://127.0.0.1:9/corpus/manifest.json: cannot be read, 4 tries"
+    ):
         ShardIndex.open("http://127.0.0.1:9/corpus", "train", ShardCache(tmp_path, GB))
 
 
@@ -136,8 +138,11 @@ def test_what_no_try_can_mend_is_told_at_once(server: RangeServer, tmp_path: Pat
     with pytest.raises(CorpusError, match=r"manifest.json: may not be read .*403"):
         ShardIndex.open(f"{server.address}/corpus", "train", cache)
     assert server.asked("manifest.json") == 2
-    with pytest.raises(CorpusError, match=r"carrier://pigeon/manifest.json: .*not known.*Protocols here: .*http"):
+    with pytest.raises(
+        CorpusError, match=r"carrier://pigeon/manifest.json: .*not known.*Protocols here: .*http"
+    ):
         ShardIndex.open("carrier://pigeon", "train", cache)
+    server.fault = lambda path, times: None
     with pytest.raises(CorpusError, match=r"give data\.cache_dir"):
         ShardIndex.open(f"{server.address}/corpus", "train")
 
@@ -184,8 +189,19 @@ def test_a_reader_goes_on_with_a_file_that_was_dropped(server: RangeServer, tmp_
 
 
 def test_a_file_larger_than_the_cache_is_refused(server: RangeServer, tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"index.parquet: has [\d,]+ bytes, .* takes 100: raise data.cache_gb"):
+    with pytest.raises(
+        CorpusError, match=r"index.parquet: has [\d,]+ bytes, .* takes 100: raise data.cache_gb"
+    ):
         opened(server, tmp_path, 100)
+
+
+def test_a_cache_that_would_fetch_over_and_over_is_refused(server: RangeServer, tmp_path: Path) -> None:
+    index = opened(server, tmp_path)
+    sizes = sorted((size for size, _ in index._files._known.values()), reverse=True)  # type: ignore[attr-defined]
+    for together, needed in ((None, sum(sizes)), (1, sum(sizes[:2]))):
+        opened(server, tmp_path, needed).reads(together)
+        with pytest.raises(CorpusError, match=r"read at a time, the cache .* takes .*data.mix_shards"):
+            opened(server, tmp_path, needed - 1).reads(together)
 
 
 def test_other_files_and_left_over_parts(server: RangeServer, tmp_path: Path) -> None:
@@ -261,7 +277,7 @@ def test_processes_of_a_node_share_the_cache(
     local = ShardIndex.open(corpus, "train")
     largest = max((corpus / shard).stat().st_size for shard in local.shards)
     limit = 4 * largest if small else GB
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     told: Any = context.Queue()
     arguments = (f"{server.address}/corpus", tmp_path, limit, told)
     processes = [context.Process(target=_read_all, args=arguments) for _ in range(3)]

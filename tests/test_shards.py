@@ -274,8 +274,8 @@ def test_few_files_are_open_at_a_time_and_one_that_is_read_stays_open(
         assert list(threads.map(wrong, range(4))) == [[]] * 4
 
     def opened() -> set[str]:
-        links = (os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
-        return {Path(link).name for link in links if link.startswith(str(tmp_path))}
+        links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        return {link.name for link in links if link.is_relative_to(tmp_path)}
 
     for i in (5, 6, 7, 5, 8):
         index.image_bytes(i)

@@ -7,8 +7,8 @@ own draws, on no other view.
 Resizing is torch's antialiased kernel, which torchvision's transforms.v2 calls too. The colour operations are
 not v2's: four of them and the grey are one 3 x 3 matrix here, one pass over the pixels in place of five, and
 the hue needs no way through HSV (benchmarks/peer_loader.py prints the times of both). tests/test_augment.py
-holds brightness, contrast, saturation and grey to v2's values; the hue is turned in YIQ's colour plane, v2's in
-HSV.
+holds brightness, contrast, saturation and grey to v2's values; the hue is turned in YIQ's colour plane, v2's
+in HSV.
 """
 
 import math

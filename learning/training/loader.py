@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from data_tools.corpus_source import CorpusSource
 from data_tools.pictures import EncodedPicture, PictureError
 from data_tools.shards import ShardIndex
 from learning.evaluation.gallery import TextField, texts_of
-from learning.methods.base import Batch, Texts, Views
+from learning.methods.base import Batch, Views
 from learning.tokenizer import Tokenizer
 from learning.training.augment import ImageTransform, Picture, augment_tokens
 from learning.training.randomness import MixedShards, Permutation, keyed_generator, stable_hash
@@ -32,10 +33,8 @@ FETCH_AHEAD = 8  # batches whose shards, where they are at an address, are fetch
 ATTEMPTS = 100  # samples that may stand in for one bad sample before the corpus is called unreadable
 
 
-class DataConfig(BaseModel):
+class DataConfig(CorpusSource):
     """Which samples a training stage reads, and how."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     split: str = "train"
     texts: tuple[TextField, ...] = Field(
@@ -84,7 +83,8 @@ class Loaded:
 
 @dataclass
 class Rows:
-    """Consecutive rows of one rank's part of a global batch, texts not padded yet; numpy crosses processes."""
+    """Consecutive rows of one rank's part of a global batch. Texts are not padded yet, and are numpy's, which
+    cross processes cheaply."""
 
     keys: list[str]
     images: dict[str, Tensor]  # by view: (n, 3, p, p), or the frozen tower's tokens (n, t, v)
@@ -166,6 +166,7 @@ class Batches:
                 f"contrastive_batch: {contrastive_batch} does not divide by {world_size} ranks; "
                 f"give a multiple of {world_size}"
             )
+        index.reads(config.mix_shards)
         self.index, self.tokenizer, self.transform, self.views = index, tokenizer, transform, views
         self.config, self.seed, self.max_length = config, seed, max_length
         self.contrastive_batch, self.rank, self.world_size = contrastive_batch, rank, world_size
