@@ -2,15 +2,19 @@
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from data_tools.errors import DataError
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what is read, and the file ending of each
 REASONS = ("not_an_image", "unsupported_format", "bomb", "truncated")
+_JPEG_SCALES = (8, 4, 2)  # denominators of the scales at which a JPEG is decoded, beside 1
+_QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 _MAGIC = (  # the first bytes of pictures, so that a damaged one is told from a page
     (b"\xff\xd8\xff", "JPEG"),
@@ -59,39 +63,91 @@ def picture_extension(data: bytes) -> str:
     return FORMATS[found]
 
 
-def open_picture(data: bytes, *, max_pixels: int, name: str) -> Image.Image:
-    """Decode a picture's bytes to RGB, whole; transparency is laid on white, EXIF rotation applied.
+class EncodedPicture:
+    """A picture's bytes, decoded when they are asked for, and once for each scale that is asked for.
 
-    Args:
-        data: the file's bytes; JPEG, PNG or WebP (of an animation the first frame).
-        max_pixels: width x height above which nothing is decoded.
-        name: what errors call the picture, say its URL or key.
-
-    Raises:
-        PictureError: not_an_image (HTML, empty …), unsupported_format, bomb, truncated.
+    A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the work: its decoder leaves out the
+    frequencies that the smaller picture cannot show (Pillow's `draft`). Which scale is taken hangs on the
+    picture's size and on what is asked for, on nothing else. Pillow decodes no part of a picture alone: a
+    crop is taken from the scaled one.
     """
-    found = picture_format(data)
-    if found is None:
-        raise PictureError(name, "not_an_image", _looks_like(data))
-    if found not in FORMATS:
-        raise PictureError(name, "unsupported_format", f"{found}; allowed: {', '.join(FORMATS)}")
-    try:
+
+    def __init__(self, data: bytes, *, max_pixels: int, name: str) -> None:
+        """`data`: the file's bytes; JPEG, PNG or WebP (of an animation the first frame).
+
+        `max_pixels`: width x height above which nothing is decoded. `name`: what errors call the picture,
+        say its URL or key.
+        """
+        self._data, self._max_pixels, self._name = data, max_pixels, name
+        self._size: tuple[int, int] | None = None  # upright; known once it was opened
+        self._decoded: dict[int, Image.Image] = {}  # by denominator of the scale
+
+    def decoded(self, at_least: tuple[int, int] | None = None) -> Image.Image:
+        """RGB, whole and upright (EXIF rotation applied), transparency laid on white.
+
+        `at_least`: the width and height, in px of the upright picture, that are enough; None: full size. A
+        JPEG comes at the smallest scale that still has them, all other pictures at full size.
+
+        Raises:
+            PictureError: not_an_image (HTML, empty …), unsupported_format, bomb, truncated.
+        """
+        with self._explained():
+            image = self._open() if self._size is None else None
+            scale = self._denominator(at_least)
+            if scale not in self._decoded:
+                image = image or self._open()
+                if scale > 1:  # asked for w // scale x h // scale, draft takes exactly that scale
+                    image.draft(None, (image.width // scale, image.height // scale))
+                image.load()
+                self._decoded[scale] = _to_rgb(ImageOps.exif_transpose(image))
+            return self._decoded[scale]
+
+    def _open(self) -> Image.Image:
+        """The picture with its header read."""
+        found = picture_format(self._data)
+        if found is None:
+            raise PictureError(self._name, "not_an_image", _looks_like(self._data))
+        if found not in FORMATS:
+            raise PictureError(self._name, "unsupported_format", f"{found}; allowed: {', '.join(FORMATS)}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit here
-            image = Image.open(io.BytesIO(data), formats=(found,))
+            image = Image.open(io.BytesIO(self._data), formats=(found,))
         width, height = image.size
-        if width * height > max_pixels:
-            raise PictureError(name, "bomb", f"{width} x {height} px are more than max_pixels = {max_pixels}")
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except PictureError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise PictureError(name, "bomb", str(error)) from error
-    except MemoryError as error:
-        raise PictureError(name, "bomb", "decoding it takes more memory than there is") from error
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error …
-        raise PictureError(name, "truncated", f"{found} of {len(data)} bytes: {error}") from error
+        if width * height > self._max_pixels:
+            raise PictureError(
+                self._name, "bomb", f"{width} x {height} px are more than max_pixels = {self._max_pixels}"
+            )
+        turned = found == "JPEG" and image.getexif().get(ExifTags.Base.Orientation, 1) in _QUARTER_TURNS
+        self._size = (height, width) if turned else (width, height)
+        return image
+
+    def _denominator(self, at_least: tuple[int, int] | None) -> int:
+        if at_least is None or picture_format(self._data) != "JPEG":
+            return 1
+        assert self._size is not None
+        room = min(have // max(1, need) for have, need in zip(self._size, at_least, strict=True))
+        return next((scale for scale in _JPEG_SCALES if scale <= room), 1)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except PictureError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise PictureError(self._name, "bomb", str(error)) from error
+        except MemoryError as error:
+            raise PictureError(self._name, "bomb", "decoding it takes more memory than there is") from error
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error …
+            found = picture_format(self._data)
+            raise PictureError(
+                self._name, "truncated", f"{found} of {len(self._data)} bytes: {error}"
+            ) from error
+
+
+def open_picture(data: bytes, *, max_pixels: int, name: str) -> Image.Image:
+    """A picture's bytes as RGB at full size: see EncodedPicture, which names arguments and errors."""
+    return EncodedPicture(data, max_pixels=max_pixels, name=name).decoded()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -9,18 +9,20 @@ any sample.
 import hashlib
 import json
 import os
-import resource
 import tarfile
-import threading
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_tools.errors import DataError
+from data_tools.remote import is_address
+from data_tools.shard_cache import RemoteFiles, ShardCache
+from data_tools.shard_files import CorpusError, DirectoryFiles, ShardFiles
 
 FORMAT = 1
 _HEADER_BYTES = 512  # of a tar member whose name is under 100 bytes
@@ -36,10 +38,6 @@ _INDEX = {
     "width": pa.int32(),
     "height": pa.int32(),
 }
-
-
-class CorpusError(DataError):
-    """A corpus that is not there, not whole, or damaged."""
 
 
 # --------------------------------------------------------------------------------------------------- writing
@@ -173,47 +171,48 @@ class ShardWriter:
 class ShardIndex:
     """Random access to the samples of a corpus, or of one split. Safe across fork, spawn and threads."""
 
-    def __init__(self, directory: Path, table: pa.Table, name: str) -> None:
-        self.directory, self.name = directory, name
+    def __init__(self, files: ShardFiles, table: pa.Table) -> None:
         self.keys: list[str] = table["key"].to_pylist()
-        self._table = table
-        self._shards: list[str] = table["shard"].to_pylist()
+        self._files, self._table = files, table
+        shards = table["shard"].combine_chunks().dictionary_encode()
+        self.shards: list[str] = shards.dictionary.to_pylist()  # in the order of the samples
+        self.shard_of: np.ndarray = shards.indices.to_numpy()  # of each sample, its place in `shards`
         self._places = {
             part: (table[f"{part}_offset"].to_numpy(), table[f"{part}_bytes"].to_numpy())
             for part in ("image", "json")
         }
-        self._files: dict[str, int] = {}
-        self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, directory: Path, split: str | None = None) -> "ShardIndex":
+    def open(
+        cls, corpus: Path | str, split: str | None = None, cache: ShardCache | None = None
+    ) -> "ShardIndex":
         """Open the out/ of a shard stage; `split` None: all samples, in the order of the index.
+
+        `corpus` is a directory, or the address of one (s3://bucket/corpus), whose files are read by way of
+        `cache`.
 
         Raises:
             CorpusError: no or damaged manifest or index, a shard that is missing or of another size, an
-                unknown or empty split.
+                unknown or empty split; an address without a cache, or that cannot be read. The shards at an
+                address are looked at when they are read.
         """
-        directory = Path(directory)
-        manifest = _read_manifest(directory)
+        files = _files(corpus, cache)
+        manifest = _read_manifest(files)
         splits = manifest["splits"]
         if split is not None and split not in splits:
-            raise CorpusError(f"{directory}: no split '{split}'; there are: {', '.join(splits)}")
+            raise CorpusError(f"{corpus}: no split '{split}'; there are: {', '.join(splits)}")
         for shard in manifest["shards"]:
-            path = directory / shard["path"]
-            size = path.stat().st_size if path.is_file() else None
-            if split in (None, shard["split"]) and size != shard["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
-                raise CorpusError(f"{path}: the shard {found}. Run the shard stage again.")
-        table = _read_index(directory, manifest)
+            if split in (None, shard["split"]):
+                files.check(shard["path"], shard["bytes"], shard["sha256"])
+        table = _read_index(files, manifest)
         if split is not None:
             table = table.filter(pc.equal(table["split"], split))
         if table.num_rows == 0:
             counts = ", ".join(f"{name} {count}" for name, count in splits.items())
             raise CorpusError(
-                f"{directory}: {f'the split {split!r}' if split else 'the corpus'} is empty ({counts})."
+                f"{corpus}: {f'the split {split!r}' if split else 'the corpus'} is empty ({counts})."
             )
-        _allow_open_files(len(manifest["shards"]))
-        return cls(directory, table, f"{directory.name}:{split or 'all'}")
+        return cls(files, table)
 
     @property
     def sha256(self) -> str:
@@ -224,9 +223,9 @@ class ShardIndex:
         return digest.hexdigest()
 
     @staticmethod
-    def splits(directory: Path) -> dict[str, int]:
+    def splits(corpus: Path | str) -> dict[str, int]:
         """The splits of a corpus, with how many samples each has."""
-        return dict(_read_manifest(Path(directory))["splits"])
+        return dict(_read_manifest(_files(corpus, None))["splits"])
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -239,7 +238,10 @@ class ShardIndex:
                 for column in self._table.column_names
                 if column.startswith("label_")
             ]
-            raise CorpusError(f"{self.directory}: no label '{name}'; there are: {', '.join(known) or 'none'}")
+            raise CorpusError(
+                f"{self._files.where('index.parquet')}: no label '{name}'; there are: "
+                f"{', '.join(known) or 'none'}"
+            )
         return [value or "" for value in self._table[f"label_{name}"].to_pylist()]
 
     def image_bytes(self, i: int) -> bytes:
@@ -253,103 +255,82 @@ class ShardIndex:
             record = json.loads(data)
         except ValueError as error:
             raise CorpusError(
-                f"{self._where(i)}: the record is damaged ({error}). Run the shard stage again."
+                f"{self.where(i)}: the record is damaged ({error}). Run the shard stage again."
             ) from error
         if not isinstance(record, dict) or record.get("key") != self.keys[i]:
-            raise CorpusError(f"{self._where(i)}: another record stands there. Run the shard stage again.")
+            raise CorpusError(f"{self.where(i)}: another record stands there. Run the shard stage again.")
         return record
+
+    def where(self, i: int) -> str:
+        """What errors call sample i: its shard and its key."""
+        return f"{self._files.where(self._shard(i))}: sample {self.keys[i]}"
+
+    def reads(self, together: int | None) -> None:
+        """So many shards will be read at a time; None: all. CorpusError when no cache holds them twice."""
+        self._files.reads(together)
+
+    def fetch_ahead(self, samples: Sequence[int] | np.ndarray) -> None:
+        """These will be read soon: shards at an address are fetched meanwhile. Returns at once."""
+        self._files.fetch_ahead([self.shards[n] for n in dict.fromkeys(self.shard_of[samples].tolist())])
 
     def verify(self) -> None:
         """Read every shard through; CorpusError names the first whose checksum is not the manifest's."""
-        for shard in _read_manifest(self.directory)["shards"]:
-            path = self.directory / shard["path"]
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                    raise CorpusError(
-                        f"{path}: the checksum is not the manifest's. Run the shard stage again."
-                    )
-
-    def _read(self, i: int, part: str) -> bytes:
-        offsets, sizes = self._places[part]
-        offset, size = int(offsets[i]), int(sizes[i])
-        data = os.pread(self._descriptor(self._shards[i]), size, offset)
-        if len(data) != size:
-            raise CorpusError(
-                f"{self._where(i)}: {len(data)} bytes of {size}: cut short. Run the shard stage again."
-            )
-        return data
-
-    def _where(self, i: int) -> str:
-        return f"{self.directory / self._shards[i]}: sample {self.keys[i]}"
-
-    def _descriptor(self, shard: str) -> int:
-        """Opened once a process; children of a fork go on with it, as pread moves no shared position."""
-        found = self._files.get(shard)
-        if found is not None:
-            return found
-        with self._lock:
-            if shard not in self._files:
-                try:
-                    self._files[shard] = os.open(self.directory / shard, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise CorpusError(
-                        f"{self.directory / shard}: cannot be opened: {error.strerror}"
-                    ) from error
-            return self._files[shard]
+        for shard in _read_manifest(self._files)["shards"]:
+            self._files.check(shard["path"], shard["bytes"], shard["sha256"])
+            if self._files.sha256(shard["path"]) != shard["sha256"]:
+                raise CorpusError(
+                    f"{self._files.where(shard['path'])}: the checksum is not the manifest's. "
+                    "Run the shard stage again."
+                )
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
-        with self._lock:
-            files, self._files = self._files, {}
-        for descriptor in files.values():
-            os.close(descriptor)
+        self._files.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_lock"):
-            self.close()
+    def _shard(self, i: int) -> str:
+        return self.shards[self.shard_of[i]]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_lock")}
+    def _read(self, i: int, part: str) -> bytes:
+        offsets, sizes = self._places[part]
+        size = int(sizes[i])
+        data = self._files.read(self._shard(i), int(offsets[i]), size)
+        if len(data) != size:
+            raise CorpusError(
+                f"{self.where(i)}: {len(data)} bytes of {size}: cut short. Run the shard stage again."
+            )
+        return data
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._files, self._lock = {}, threading.Lock()
+
+def _files(corpus: Path | str, cache: ShardCache | None) -> ShardFiles:
+    return RemoteFiles(str(corpus), cache) if is_address(str(corpus)) else DirectoryFiles(Path(corpus))
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / "manifest.json"
+def _read_manifest(files: ShardFiles) -> dict[str, Any]:
+    where = files.where("manifest.json")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CorpusError(f"{path}: no manifest: not the out/ of a finished shard stage.") from error
-    except (OSError, ValueError) as error:
-        raise CorpusError(f"{path}: cannot be read ({error}). Run the shard stage again.") from error
+        manifest = json.loads(files.manifest())
+    except CorpusError:
+        raise
+    except ValueError as error:
+        raise CorpusError(f"{where}: cannot be read ({error}). Run the shard stage again.") from error
     needed = {"format", "splits", "shards", "index"}
     if not isinstance(manifest, dict) or not needed <= set(manifest) or manifest["format"] != FORMAT:
-        raise CorpusError(f"{path}: not a manifest of format {FORMAT}. Run the shard stage again.")
+        raise CorpusError(f"{where}: not a manifest of format {FORMAT}. Run the shard stage again.")
     return manifest
 
 
-def _read_index(directory: Path, manifest: dict[str, Any]) -> pa.Table:
-    path = directory / "index.parquet"
+def _read_index(files: ShardFiles, manifest: dict[str, Any]) -> pa.Table:
+    where = files.where("index.parquet")
     try:
-        if path.stat().st_size != manifest["index"]["bytes"]:
-            raise CorpusError(f"{path}: has another size than the manifest says. Run the shard stage again.")
-        table = pq.read_table(path)
+        with files.index(manifest["index"]["bytes"], manifest["index"]["sha256"]) as file:
+            table = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
         raise CorpusError(
-            f"{path}: the index cannot be read ({error}). Run the shard stage again."
+            f"{where}: the index cannot be read ({error}). Run the shard stage again."
         ) from error
     missing = set(_INDEX) - set(table.column_names)
     if missing:
-        raise CorpusError(f"{path}: the index lacks {', '.join(sorted(missing))}. Run the shard stage again.")
+        raise CorpusError(
+            f"{where}: the index lacks {', '.join(sorted(missing))}. Run the shard stage again."
+        )
     return table
-
-
-def _allow_open_files(shards: int) -> None:
-    """Raise this process's soft limit of open files, if the shards need it and the hard limit allows it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = shards + 256
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))

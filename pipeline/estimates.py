@@ -8,6 +8,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from data_tools.corpus_source import CorpusSource
+from data_tools.shards import CorpusError, ShardIndex
 from pipeline.plan import Plan, StagePlan
 from pipeline.progress import number
 from stages.base import StageConfig
@@ -60,9 +62,16 @@ def _of_stage(plan: Plan, stage: StagePlan, counted: dict[str, Any]) -> dict[str
 
 def _samples(plan: Plan, stage: StagePlan, config: StageConfig) -> tuple[int | None, str]:
     """How many samples the stage trains on, and who says so: the finished corpus, else the recipe's hint."""
+    split = str(config.data.split)  # type: ignore[attr-defined]
+    elsewhere: CorpusSource = config.data  # type: ignore[attr-defined]
+    if elsewhere.corpus is not None:
+        try:
+            splits = ShardIndex.splits(elsewhere.place(None, plan.recipe.directory))
+        except CorpusError as error:
+            return None, str(error)
+        return splits.get(split), f"split '{split}' of {elsewhere.corpus}"
     corpus = plan[config.inputs["corpus"]]
     manifest = corpus.directory.path / "out" / "manifest.json"
-    split = str(config.data.split)  # type: ignore[attr-defined]
     if corpus.action == "reuse" and manifest.is_file():
         counts = json.loads(manifest.read_text(encoding="utf-8")).get("splits", {})
         return counts.get(split), f"split '{split}' of {corpus.name}"

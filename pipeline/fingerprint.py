@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.remote import Remote, RemoteError
 from pipeline.recipe import Recipe
-from stages.base import StageConfig
+from stages.base import StageConfig, StageError
 
 ABSENT = "absent"  # stands for the hash of a file that is not there (yet)
 REMEMBERED_BYTES = 1 << 20  # smaller files are hashed each time
@@ -59,6 +60,7 @@ def _identity(
 ) -> Identity:
     paths = stage_files(config, recipe.directory)
     files = {field: cache.sha256(path) for field, path in paths.items()}
+    files |= {field: _sha256_at(address, name, field) for field, address in config.addresses().items()}
     # The content of a file counts, not where it is: its path in the config is replaced by the field's name.
     written = {str(path): f"<file {field}>" for field, path in config.files().items()}
     values = _without(config.model_dump(mode="json"), {*config.cosmetic, "kind", "inputs"})
@@ -82,8 +84,17 @@ def _identity(
         inputs,
         dict(config.inputs),
         hashlib.sha256(text.encode()).hexdigest(),
-        tuple(paths[field] for field, digest in files.items() if digest == ABSENT),
+        tuple(path for field, path in paths.items() if files[field] == ABSENT),
     )
+
+
+def _sha256_at(address: str, stage: str, field: str) -> str:
+    """Of the file at an address. Raises StageError when it cannot be read: no plan can do without it."""
+    directory, _, file = address.rpartition("/")
+    try:
+        return hashlib.sha256(Remote(directory).read(file)).hexdigest()
+    except RemoteError as error:
+        raise StageError(f"stages.{stage}.{field}: {error}") from error
 
 
 def _without(values: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:

@@ -204,8 +204,13 @@ def _stage(name: str, values: dict[str, Any], source: Source) -> StageConfig:
                 f"{source.where([*location, 'inputs', role])}: stages.{name}.inputs.{role}: unknown input of "
                 f"a {config.kind} stage{nearest(role, allowed)}; allowed: {', '.join(allowed) or 'none'}"
             )
+    for role in sorted(config.named_elsewhere() & config.inputs.keys()):
+        raise StageError(
+            f"{source.where([*location, 'inputs', role])}: stages.{name}.inputs.{role}: another field names "
+            "it too; leave one of them out"
+        )
     for role in config.roles:
-        if role not in config.inputs:
+        if role not in config.inputs and role not in config.named_elsewhere():
             raise StageError(
                 f"{source.where([*location, 'inputs'])}: stages.{name}.inputs.{role}: missing; "
                 f"a {config.kind} stage needs `inputs: {{{role}: <an earlier stage>}}`"

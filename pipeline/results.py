@@ -83,8 +83,9 @@ def _directories(
     own_kinds = {identity.kind for identity in found.values()} - set(
         KINDS
     )  # their code is not among the stamps
-    if not own_kinds and not any(
-        path.is_dir() for path in files
+    addresses = any(config.addresses() for config in recipe.stages.values())  # they have no stamp
+    if (
+        not own_kinds and not addresses and not any(path.is_dir() for path in files)
     ):  # a directory's stamp says little of its content
         _remember(cache, key, {"files": {str(p): _stamp(p) for p in files}, "stages": stages_found})
     return [(stage, kind, root / name / stage / short) for stage, kind, short in stages_found]

@@ -43,6 +43,14 @@ class StageConfig(Frozen):
         """Files outside the run directory that shape the result; their contents enter the fingerprint."""
         return {}
 
+    def addresses(self) -> dict[str, str]:
+        """The same for files at addresses (http://…, s3://…)."""
+        return {}
+
+    def named_elsewhere(self) -> frozenset[str]:
+        """Roles that need no input, as a field names what they read."""
+        return frozenset()
+
 
 @dataclass(frozen=True)
 class Report:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
+from data_tools.corpus_source import CorpusSource
 from data_tools.pictures import open_picture
 from data_tools.shards import CorpusError, ShardIndex
 from learning import model_files
@@ -43,12 +44,24 @@ class Config(StageConfig):
     distributed: ClassVar[bool] = True
 
     kind: Literal["evaluate"] = "evaluate"
+    data: CorpusSource = CorpusSource()
     galleries: list[GalleryConfig] = Field(min_length=1)
     batch: int = Field(default=256, ge=1, description="images or texts a forward call")
     examples: int = Field(default=12, ge=0, description="queries shown in the report, each way and gallery")
     top_k: int = Field(default=8, ge=1, description="answers shown of each")
     thumbnail_px: int = Field(default=96, ge=16, le=512, description="longer side of a shown picture")
     max_pixels: int = Field(default=50_000_000, ge=1, description="a stored picture with more is refused")
+
+    cosmetic: ClassVar[frozenset[str]] = frozenset({"data"})
+
+    def files(self) -> dict[str, Path]:
+        return self.data.files()
+
+    def addresses(self) -> dict[str, str]:
+        return self.data.addresses()
+
+    def named_elsewhere(self) -> frozenset[str]:
+        return self.data.named_elsewhere()
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Config":
@@ -74,9 +87,10 @@ def run(config: Config, job: Job) -> Report:
 
 def _run(config: Config, job: Job, device: str) -> Report:
     model = model_files.load(job.inputs["weights"], device)
-    corpus = job.inputs["corpus"] / "out"
+    made_here = job.inputs["corpus"] / "out" if "corpus" in job.inputs else None
+    corpus = config.data.place(made_here, job.recipe_directory)
     indices = {
-        g.name: ShardIndex.open(corpus, g.split) for g in config.galleries
+        g.name: config.data.open(corpus, g.split, job.recipe_directory) for g in config.galleries
     }  # a misspelt split fails at once
     metrics: dict[str, float] = {}
     counts: dict[str, int] = {}

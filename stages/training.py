@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from data_tools.corpus_source import CORPUS_FIELDS
 from learning import methods
 from learning.evaluation.gallery import TextField
 from learning.training.anomalies import AnomalyConfig
@@ -46,6 +47,7 @@ class TrainingConfig(StageConfig):
 
     cosmetic: ClassVar[frozenset[str]] = frozenset(
         {
+            *(f"data.{name}" for name in CORPUS_FIELDS),
             "data.workers",
             "data.cache_mb",
             "checkpoint",
@@ -156,7 +158,13 @@ class TrainingConfig(StageConfig):
         if self.vocabulary.path is not None:
             found["vocabulary.path"] = self.vocabulary.path
         found |= {f"model.{name}": Path(value) for name, value in _weights_in(self.model)}
-        return found
+        return found | self.data.files()
+
+    def addresses(self) -> dict[str, str]:
+        return self.data.addresses()
+
+    def named_elsewhere(self) -> frozenset[str]:
+        return self.data.named_elsewhere()
 
 
 def _weights_in(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

@@ -73,8 +73,9 @@ class _Training:
     def __init__(self, config: TrainingConfig, job: Job):
         self.config, self.job = config, job
         self._check_batch()
-        corpus = job.inputs["corpus"] / "out"
-        self.index = ShardIndex.open(corpus, config.data.split)
+        made_here = job.inputs["corpus"] / "out" if "corpus" in job.inputs else None
+        corpus = config.data.place(made_here, job.recipe_directory)
+        self.index = config.data.open(corpus, config.data.split, job.recipe_directory)
         self.upstream = job.inputs.get("weights")
         values = absolute_weights(config.model, job.recipe_directory)
         if self.upstream is not None and not config.new_parts:
@@ -99,7 +100,8 @@ class _Training:
         self.validated: tuple[ShardIndex, Method] | None = None
         if config.validation is not None:
             plain = copy.deepcopy(self.method)  # before DeepSpeed takes the parameters over
-            self.validated = (ShardIndex.open(corpus, config.validation.split), plain)
+            held_out = config.data.open(corpus, config.validation.split, job.recipe_directory)
+            self.validated = (held_out, plain)
 
     def run(self, again: StartOver | None) -> Report:
         config, job = self.config, self.job

@@ -1,6 +1,7 @@
 """The augmentations: their order, their odds, their ranges, and that the given generator alone decides."""
 
 import colorsys
+import io
 import math
 from collections import Counter
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as v2
 
+from data_tools.pictures import EncodedPicture
 from learning.training import augment
 from learning.training.augment import ImageTransform, augment_tokens
 
@@ -230,6 +233,95 @@ def test_the_generator_alone_decides() -> None:
         augment_tokens(ids, generator(1), MASK, 100, SPECIAL),
         augment_tokens(ids, generator(1), MASK, 100, SPECIAL),
     )
+
+
+def encoded(pixels: Tensor, format: str) -> EncodedPicture:
+    buffer = io.BytesIO()
+    as_pil(pixels).save(buffer, format, quality=95)
+    return EncodedPicture(buffer.getvalue(), max_pixels=10**7, name="k")
+
+
+def smooth(height: int, width: int) -> Tensor:
+    small = torch.rand(1, 3, 3, 3, generator=generator(3)) * 255
+    return F.interpolate(small, (height, width), mode="bicubic")[0].clamp(0, 255).byte()
+
+
+def test_an_encoded_png_gives_what_its_pixels_give() -> None:
+    transform = ImageTransform(16, HALF, HALF)
+    pixels = picture(50, 60)
+    assert torch.equal(transform.plain(encoded(pixels, "PNG")), transform.plain(pixels))
+    for seed in range(4):
+        made = transform.augmented(encoded(pixels, "PNG"), generator(seed))
+        assert torch.equal(made, transform.augmented(as_pil(pixels), generator(seed)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_jpeg_decoded_small_gives_nearly_what_the_whole_one_gives(seed: int) -> None:
+    transform = ImageTransform(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    small = encoded(smooth(320, 240), "JPEG")
+    whole = encoded(smooth(320, 240), "JPEG").decoded()
+    assert float((transform.plain(small) - transform.plain(whole)).abs().mean()) < 0.004
+    noisy = bool(torch.rand(12, generator=generator(seed))[5] < 0.5)
+    made, expected = (transform.augmented(each, generator(seed)) for each in (small, whole))
+    # the crop is of whole pixels; the noise is of a smaller picture: less of it is averaged away
+    assert float((made - expected).abs().mean()) < (0.05 if noisy else 0.02)
+
+
+def test_a_crop_has_the_views_pixels_at_whatever_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = ImageTransform(64, HALF, HALF)
+    crops: list[tuple[int, int]] = []
+    cropped = augment._cropped
+
+    def watched(pixels: Tensor, draws: list[float]) -> Tensor:
+        window = cropped(pixels, draws)
+        crops.append((window.shape[1], window.shape[2]))
+        return window
+
+    monkeypatch.setattr(augment, "_cropped", watched)
+    jpeg = encoded(smooth(320, 300), "JPEG")
+    for seed in range(60):
+        transform.augmented(jpeg, generator(seed))
+    assert min(min(crop) for crop in crops) >= 64
+    assert set(jpeg._decoded) == {2, 4}  # 1/4 where the crop takes more than 64 × 4 of 300 px
+    alone = transform.augmented(encoded(smooth(320, 300), "JPEG"), generator(7))
+    assert torch.equal(
+        transform.augmented(jpeg, generator(7)), alone
+    )  # what others asked for changes nothing
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_colour_matrix_has_the_values_of_torchvision(seed: int) -> None:
+    """Where nothing leaves 0-1, which torchvision clips to after each step; and no hue, which is another."""
+    pixels = torch.rand(3, 9, 11, generator=generator(seed)) * 0.3 + 0.3
+    draws = torch.rand(3, generator=generator(seed + 100)) * 0.5 + 0.25
+    brightness, contrast, saturation = (draws * 2 - 1) * 0.4 + 1
+    expected = v2.adjust_brightness(pixels, float(brightness))
+    expected = v2.adjust_contrast(expected, float(contrast))
+    expected = v2.adjust_saturation(expected, float(saturation))
+    matrix, offset = augment._colours(pixels.mean(dim=(1, 2)), [0.0, *draws.tolist(), 0.5, 0.9])
+    made = torch.einsum("ij,jhw->ihw", matrix, pixels) + offset[:, None, None]
+    torch.testing.assert_close(made, expected, atol=1e-3, rtol=0)  # its luma's digits are others: 0.2989 …
+    matrix, offset = augment._colours(pixels.mean(dim=(1, 2)), [0.9, *draws.tolist(), 0.5, 0.0])
+    grey = torch.einsum("ij,jhw->ihw", matrix, pixels) + offset[:, None, None]
+    torch.testing.assert_close(grey, v2.rgb_to_grayscale(pixels, 3), atol=1e-3, rtol=0)
+
+
+def test_the_hue_turns_as_far_as_torchvisions() -> None:
+    """And the other way round, which is all one: both ways are drawn alike."""
+    red = torch.tensor([0.6, 0.4, 0.4])
+    for draw in (0.0, 0.25, 0.75, 1.0):
+        matrix, offset = augment._colours(red, [0.0, 0.5, 0.5, 0.5, draw, 0.9])
+        made = colorsys.rgb_to_hsv(*(matrix @ red + offset).tolist())[0]
+        theirs = v2.adjust_hue(red[:, None, None], (1 - 2 * draw) * augment.HUE).flatten()
+        expected = colorsys.rgb_to_hsv(*theirs.tolist())[0]
+        assert (made - expected + 0.5) % 1 - 0.5 == pytest.approx(0, abs=0.05)
+
+
+def test_resizing_is_torchvisions() -> None:
+    pixels = picture(50, 60)
+    made = ImageTransform(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)).plain(pixels)
+    expected = v2.to_dtype(v2.resize(pixels, [16, 16], antialias=True), torch.float32, scale=True)
+    torch.testing.assert_close(made, expected)
 
 
 def test_pil_and_tensor_give_the_same() -> None:

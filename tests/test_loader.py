@@ -1,6 +1,8 @@
 """Order, keyed randomness, skipping and caching of the training loader."""
 
+import os
 import random
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from data_tools.shards import ShardIndex
 from learning.methods.base import Views
 from learning.tokenizer import Tokenizer, train_wordpiece
+from learning.training import loader
 from learning.training.augment import ImageTransform
 from learning.training.loader import (
     BadSamples,
@@ -21,10 +24,11 @@ from learning.training.loader import (
     DataConfig,
     Failed,
     Loaded,
-    batches_from,
     steps_per_epoch,
 )
+from learning.training.prefetch import batches_from
 from learning.training.randomness import (
+    MixedShards,
     Permutation,
     keyed_generator,
     random_state,
@@ -100,6 +104,44 @@ def test_permutation_is_shuffled_and_differs_between_epochs_and_seeds() -> None:
         assert (orders[a] == orders[b]).sum() < 10
 
 
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=20),
+    together=st.integers(1, 25),
+    seed=st.integers(0, 2**40),
+)
+@settings(max_examples=60, deadline=None)
+def test_mixed_shards_have_every_sample_once_and_few_shards_at_a_time(
+    sizes: list[int], together: int, seed: int
+) -> None:
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    mixed = MixedShards(np.array(sizes), together, seed, 4)
+    order = mixed(np.arange(mixed.size))
+    assert np.array_equal(np.sort(order), np.arange(sum(sizes)))
+    place = seed % mixed.size
+    assert mixed(np.array([place])) == order[place]
+    runs = shard_of[order]
+    start = 0
+    while start < len(runs):  # group by group: its shards whole, before another group begins
+        group, end = {int(runs[start])}, start
+        while end < len(runs) and end - start < sum(sizes[shard] for shard in group):
+            end += 1
+            group |= set(runs[start:end].tolist())
+        assert len(group) <= together
+        start = end
+
+
+def test_mixed_shards_are_shuffled_and_differ_between_epochs_and_seeds() -> None:
+    sizes = np.full(100, 20)
+    orders = [MixedShards(sizes, 5, seed, epoch)(np.arange(2000)) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    for order in orders:
+        assert abs(np.corrcoef(np.arange(2000), order)[0, 1]) < 0.4  # of 20 groups, each in one place
+        assert (np.abs(np.diff(order)) == 1).sum() < 80  # 38 expected, in groups of 100
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (orders[a] == orders[b]).sum() < 30
+    with pytest.raises(ValueError, match="shards mixed at a time: 0"):
+        MixedShards(sizes, 0, 1, 1)
+
+
 def test_keys_are_stable_between_processes() -> None:
     # literal values: they must not change from one version to the next, or a resume would change its data
     assert stable_hash(1, 23) != stable_hash(12, 3)
@@ -152,6 +194,21 @@ def test_any_number_of_ranks_reads_the_same_global_batches(
             assert torch.equal(row, ids[mask.bool()])
 
 
+def test_mix_shards_reads_few_shards_at_a_time(corpus: Path, tokenizer: Tokenizer) -> None:
+    source = batches(corpus, tokenizer, mix_shards=1)
+    assert len(source.index.shards) == 3
+    epochs = [[source.samples(epoch * 2 + step)[1] for step in range(2)] for epoch in range(2)]
+    for rows in epochs:
+        positions = np.concatenate(rows)
+        assert len(set(positions.tolist())) == 16
+        assert (np.diff(source.index.shard_of[positions]) != 0).sum() == len(
+            set(source.index.shard_of[positions].tolist())
+        ) - 1  # a shard that was left does not come back
+    assert [row.tolist() for row in epochs[0]] != [row.tolist() for row in epochs[1]]
+    parts = [loaded(batches(corpus, tokenizer, rank, 2, mix_shards=1), 0).batch for rank in range(2)]
+    assert [key for part in parts for key in part.keys] == loaded(source, 0).batch.keys
+
+
 def test_choices_hang_on_seed_epoch_and_key_alone(corpus: Path, tokenizer: Tokenizer) -> None:
     source = batches(corpus, tokenizer)
     first = loaded(source, 0)
@@ -201,14 +258,58 @@ def test_a_full_cache_changes_nothing(corpus: Path, tokenizer: Tokenizer) -> Non
 
 
 @pytest.mark.slow
-def test_worker_processes_give_the_same(corpus: Path, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("workers", [1, 3, 11])  # 8 rows a batch: parts of several sizes, some without any
+def test_worker_processes_give_the_same(corpus: Path, tokenizer: Tokenizer, workers: int) -> None:
     for a, b in zip(
-        batches_from(batches(corpus, tokenizer, workers=2), 1, 6),
+        batches_from(batches(corpus, tokenizer, workers=workers), 1, 6),
         batches_from(batches(corpus, tokenizer), 1, 6),
         strict=True,
     ):
         assert isinstance(a, Loaded) and isinstance(b, Loaded)
         assert_equal(a, b)
+
+
+@pytest.mark.slow
+def test_every_worker_process_makes_rows_of_each_batch(
+    corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Batches._text
+
+    def text_and_process(self: Batches, epoch: int, position: int, key: str) -> str:
+        return made(self, epoch, position, key) + f" {os.getpid()}"
+
+    monkeypatch.setattr(Batches, "_text", text_and_process)
+    monkeypatch.setattr(
+        Tokenizer, "encode_each", lambda self, texts, _: [torch.tensor([int(t.split()[-1])]) for t in texts]
+    )
+    monkeypatch.setattr(loader, "augment_tokens", lambda ids, *_: ids)
+    seen = []
+    for loaded in batches_from(batches(corpus, tokenizer, workers=2), 0, 3):
+        assert isinstance(loaded, Loaded)
+        seen.append(loaded.batch.texts["text"].ids[:, 0].tolist())
+    first, second = seen[0][0], seen[0][-1]
+    assert os.getpid() not in (first, second) and first != second
+    assert seen == [[first] * 4 + [second] * 4] * 3
+
+
+@pytest.mark.slow
+def test_a_worker_process_that_dies_is_told_as_a_value(
+    corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, made = os.getpid(), Batches._text
+
+    def text_or_death(self: Batches, epoch: int, position: int, key: str) -> str:
+        if epoch == 3 and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made(self, epoch, position, key)
+
+    monkeypatch.setattr(Batches, "_text", text_or_death)
+    told = list(batches_from(batches(corpus, tokenizer, workers=2), 0, 8))
+    assert len(told) == 8 and isinstance(told[0], Loaded)
+    failed = [each for each in told if isinstance(each, Failed)]
+    assert isinstance(told[6], Failed)  # or one before it: what the process had ready went with it
+    assert told[-len(failed) :] == failed
+    assert "a process of data.workers ended" in failed[0].message
 
 
 def test_a_bad_picture_is_replaced_and_no_other_row_changes(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -238,11 +339,10 @@ def test_too_many_bad_samples_are_named_with_their_shard(tmp_path: Path, tokeniz
     assert isinstance(made, Failed)
     assert "train/train-00000.tar" in made.message
     assert "in a row" in made.message
-    bad = BadSamples(limit=1)
-    assert bad.add({"k1": "shard 1: k1"}) == {"k1": "shard 1: k1"}
+    bad = BadSamples(limit=1, why={"k1": "shard 1: k1"})
     assert bad.too_many() is None
-    assert bad.add({"k1": "again"}) == {}
-    bad.add({"k2": "shard 2: k2"})
+    assert bad.new({"k1": "again", "k2": "shard 2: k2"}) == {"k2": "shard 2: k2"}
+    bad.why["k2"] = "shard 2: k2"
     message = bad.too_many()
     assert message is not None
     assert "2 bad samples" in message and "shard 2: k2" in message and "max_bad_share" in message

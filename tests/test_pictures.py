@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.pictures import PictureError, open_picture, picture_extension, picture_format
+from data_tools.pictures import EncodedPicture, PictureError, open_picture, picture_extension, picture_format
 from tests.data_helpers import picture
 
 LIMIT = 1_000_000
@@ -134,3 +134,75 @@ def test_an_animation_gives_its_first_frame() -> None:
 def test_the_error_crosses_process_borders() -> None:
     error = pickle.loads(pickle.dumps(PictureError("key", "bomb", "too big")))
     assert (error.name, error.reason, str(error)) == ("key", "bomb", "key: bomb: too big")
+
+
+def photo(width: int, height: int, format: str = "JPEG", orientation: int = 1) -> bytes:
+    """Smooth shapes with some noise, as a camera gives them."""
+    y, x = np.mgrid[0:height, 0:width] / max(width, height)
+    planes = [np.sin(7 * x + 3 * y), np.cos(9 * y - 2 * x), np.sin(11 * x * y)]
+    pixels = 120 + 80 * np.stack(planes, axis=-1) + np.random.default_rng(1).normal(0, 6, (height, width, 3))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    image.save(buffer, format, quality=92, **({"exif": exif} if format == "JPEG" else {}))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("at_least", "size"),
+    [
+        (None, (643, 481)),
+        ((643, 481), (643, 481)),
+        ((322, 200), (643, 481)),  # half of 643 is 321.5: the decoder gives 322, but 2 x 322 > 643
+        ((321, 240), (322, 241)),
+        ((10, 121), (322, 241)),
+        ((160, 120), (161, 121)),
+        ((80, 60), (81, 61)),
+        ((1, 1), (81, 61)),
+        ((5000, 1), (643, 481)),
+    ],
+)
+def test_a_jpeg_comes_at_the_smallest_scale_that_is_enough(
+    at_least: tuple[int, int] | None, size: tuple[int, int]
+) -> None:
+    data = photo(643, 481)
+    found = EncodedPicture(data, max_pixels=LIMIT, name="k").decoded(at_least)
+    assert found.size == size
+    full = open_picture(data, max_pixels=LIMIT, name="k")
+    expected = np.asarray(full.resize(size, Image.Resampling.BOX), dtype=float)
+    assert np.abs(np.asarray(found) - expected).mean() < 3  # of 255: the same picture
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_other_formats_come_whole(format: str) -> None:
+    data = photo(320, 240, format)
+    found = EncodedPicture(data, max_pixels=LIMIT, name="k").decoded((10, 10))
+    assert np.array_equal(found, open_picture(data, max_pixels=LIMIT, name="k"))
+
+
+def test_a_turned_jpeg_is_asked_for_upright() -> None:
+    picture = EncodedPicture(photo(640, 320, orientation=6), max_pixels=LIMIT, name="k")
+    assert picture.decoded().size == (320, 640)
+    assert picture.decoded((160, 320)).size == (160, 320)
+    assert picture.decoded((320, 160)).size == (320, 640)
+
+
+def test_a_scale_does_not_hang_on_what_was_asked_before() -> None:
+    data = photo(640, 480)
+    one = EncodedPicture(data, max_pixels=LIMIT, name="k")
+    one.decoded()
+    small = one.decoded((100, 100))
+    assert small is one.decoded((110, 110))
+    assert np.array_equal(small, EncodedPicture(data, max_pixels=LIMIT, name="k").decoded((100, 100)))
+
+
+def test_a_cut_jpeg_is_refused_at_every_scale() -> None:
+    data = photo(640, 480)
+    for at_least in (None, (300, 200), (10, 10)):
+        picture = EncodedPicture(data[: len(data) // 2], max_pixels=LIMIT, name="some-key")
+        for _ in range(2):  # asked again, it is refused again
+            with pytest.raises(PictureError, match="some-key: truncated: JPEG of"):
+                picture.decoded(at_least)
+    with pytest.raises(PictureError, match="bomb: 640 x 480"):
+        EncodedPicture(data, max_pixels=1000, name="k").decoded((10, 10))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_tools import shard_files
 from data_tools.crawl import SCHEMA
 from data_tools.records import Languages
-from data_tools.shards import CorpusError, ShardIndex
+from data_tools.shard_files import CorpusError
+from data_tools.shards import ShardIndex, ShardWriter
 from stages.base import StageError, Stopped
 from stages.shard import Config, run
 from tests.data_helpers import make_job, picture
@@ -165,8 +168,6 @@ def test_records_and_splits(corpus: Path) -> None:
 
 
 def test_small_shards_are_many(crawl: Path, tmp_path: Path) -> None:
-    from data_tools.shards import ShardWriter
-
     writer = ShardWriter(tmp_path / "out", 20_000, ["train"], [])
     (tmp_path / "out").mkdir()
     record = {"split": "train", "sha256": "", "width": 1, "height": 1, "labels": {}, "licence": "x"}
@@ -253,6 +254,34 @@ def test_safe_across_fork_threads_and_pickle(corpus: Path) -> None:
     index.close()
     assert [other.image_bytes(i) for i in range(len(other))] == expected
     assert index.image_bytes(0) == expected[0]  # opened again
+
+
+def test_few_files_are_open_at_a_time_and_one_that_is_read_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = ShardWriter(tmp_path, 1, ["train"], [])
+    record = {"split": "train", "sha256": "", "width": 1, "height": 1, "labels": {}, "licence": "x"}
+    for i in range(12):
+        writer.write(bytes([i]) * 4000, "png", record | {"key": f"{i:04d}"})
+    writer.close()
+    monkeypatch.setattr(shard_files, "OPEN_FILES", 3)
+    index = ShardIndex.open(tmp_path)
+
+    def wrong(_: int) -> list[int]:
+        return [i for _ in range(200) for i in range(12) if index.image_bytes(i) != bytes([i]) * 4000]
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(wrong, range(4))) == [[]] * 4
+
+    def opened() -> set[str]:
+        links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        return {link.name for link in links if link.is_relative_to(tmp_path)}
+
+    for i in (5, 6, 7, 5, 8):
+        index.image_bytes(i)
+    assert opened() == {f"train-{i:05d}.tar" for i in (7, 5, 8)}
+    index.close()
+    assert not opened()
 
 
 def test_unknown_split_and_label_list_what_there_is(corpus: Path) -> None:

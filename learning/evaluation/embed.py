@@ -19,10 +19,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from jaxtyping import Float, Float32, Shaped
-from PIL import Image
 from torch import Tensor
 
-from data_tools.pictures import PictureError, open_picture
+from data_tools.pictures import EncodedPicture, PictureError
 from data_tools.shards import ShardIndex
 from learning.methods.base import Method
 from learning.tokenizer import Tokenizer
@@ -52,7 +51,7 @@ def embed_images(
     dtype = _dtype(method)
 
     def block(start: int, stop: int) -> Tensor:
-        pixels = [transform.plain(_picture(index, i, max_pixels)) for i in range(start, stop)]
+        pixels = [_plain(index, i, transform, max_pixels) for i in range(start, stop)]
         return _unit(method.embed_images(torch.stack(pixels).to(device, dtype)))
 
     return spread(len(index), batch, block, advance)
@@ -137,13 +136,14 @@ def _agreed(compute: Callable[[], T]) -> T:
     return result
 
 
-def _picture(index: ShardIndex, i: int, max_pixels: int) -> Image.Image:
-    where = index._where(i)
+def _plain(index: ShardIndex, i: int, transform: ImageTransform, max_pixels: int) -> Tensor:
+    """Image i as training sees its plain view."""
+    where = index.where(i)
     data = index.image_bytes(i)
     if hashlib.sha256(data).hexdigest() != index.record(i)["sha256"]:
         raise ValueError(f"{where}: the picture is not the one of its record; run the shard stage again")
     try:
-        return open_picture(data, max_pixels=max_pixels, name=where)
+        return transform.plain(EncodedPicture(data, max_pixels=max_pixels, name=where))
     except PictureError as error:
         raise ValueError(f"{error}; raise max_pixels, or run the shard stage again") from error
 

@@ -32,7 +32,10 @@ class Texts:
     mask: Int64[Tensor, "b m"]
 
     def to(self, device: torch.device) -> "Texts":
-        return Texts(self.ids.to(device), self.mask.to(device))
+        return Texts(self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Texts":
+        return Texts(self.ids.pin_memory(), self.mask.pin_memory())
 
     def rows(self, part: slice) -> "Texts":
         return Texts(self.ids[part], self.mask[part])
@@ -53,11 +56,12 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device) -> "Batch":
+        """On the device; from pinned memory to a GPU without waiting for the copy."""
         return Batch(
-            {name: image.to(device) for name, image in self.images.items()},
+            {name: image.to(device, non_blocking=True) for name, image in self.images.items()},
             {name: text.to(device) for name, text in self.texts.items()},
             self.keys,
-            {name: tokens.to(device) for name, tokens in self.tokens.items()},
+            {name: tokens.to(device, non_blocking=True) for name, tokens in self.tokens.items()},
             self.rows_by_rank,
         )
 
@@ -68,6 +72,16 @@ class Batch:
             {name: text.rows(part) for name, text in self.texts.items()},
             self.keys[part],
             {name: tokens[part] for name, tokens in self.tokens.items()},
+            self.rows_by_rank,
+        )
+
+    def pin_memory(self) -> "Batch":
+        """In page-locked memory; needs a GPU. What is on a GPU already (a frozen tower's tokens) stays."""
+        return Batch(
+            {name: image.pin_memory() for name, image in self.images.items()},
+            {name: text.pin_memory() for name, text in self.texts.items()},
+            self.keys,
+            {name: t if t.is_cuda else t.pin_memory() for name, t in self.tokens.items()},
             self.rows_by_rank,
         )
 

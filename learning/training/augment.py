@@ -1,5 +1,17 @@
-"""Images to tensors, and COOKIE's augmentations of images and texts (Sec. IV-C)."""
+"""Images to tensors, and COOKIE's augmentations of images and texts (Sec. IV-C).
 
+A view is made of a JPEG that is decoded at the smallest scale that has the view's pixels: what is drawn for
+the crop is drawn first, and says how large the picture must be. A view hangs on its picture, its size and its
+own draws, on no other view.
+
+Resizing is torch's antialiased kernel, which torchvision's transforms.v2 calls too. The colour operations are
+not v2's: four of them and the grey are one 3 x 3 matrix here, one pass over the pixels in place of five, and
+the hue needs no way through HSV (benchmarks/peer_loader.py prints the times of both). tests/test_augment.py
+holds brightness, contrast, saturation and grey to v2's values; the hue is turned in YIQ's colour plane, v2's
+in HSV.
+"""
+
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float32, Int64, UInt8
 from PIL import Image
 from torch import Tensor
+
+from data_tools.pictures import EncodedPicture
 
 # Sec. IV-C a: what the paper gives
 SMALLEST_CROP = 0.6
@@ -26,11 +40,14 @@ _FROM_YIQ = torch.linalg.inv(_TO_YIQ)
 _IDENTITY = torch.eye(3)
 
 
+Picture = EncodedPicture | Image.Image | UInt8[Tensor, "3 h w"]
+
+
 class ImageTransform:
     """Pictures to normalised float32 tensors (3, image_px, image_px).
 
-    A picture is a PIL image (taken as RGB) or a uint8 tensor (3, h, w). `mean` and `std` are of pixels in
-    0-1.
+    A picture is encoded, a PIL image (taken as RGB) or a uint8 tensor (3, h, w). `mean` and `std` are of
+    pixels in 0-1. An encoded one that cannot be decoded raises its PictureError.
     """
 
     def __init__(self, image_px: int, mean: Sequence[float], std: Sequence[float]):
@@ -44,25 +61,26 @@ class ImageTransform:
         self._scale = 1.0 / torch.tensor(self.std)[:, None, None]
         self._shift = -torch.tensor(self.mean)[:, None, None] * self._scale
 
-    def plain(self, picture: Image.Image | Tensor) -> Float32[Tensor, "3 p p"]:
+    def plain(self, picture: Picture) -> Float32[Tensor, "3 p p"]:
         """Resized to the square, whatever the shape ("we reshape all images", Sec. IV-A b), normalised."""
         # The paper is silent on the filter: bilinear, antialiased
-        pixels = _resized(_pixels(picture), self.image_px)
+        pixels = _resized(_pixels(picture, self.image_px, self.image_px), self.image_px)
         return torch.addcmul(self._shift, pixels.float(), self._scale / 255)
 
-    def augmented(
-        self, picture: Image.Image | Tensor, generator: torch.Generator
-    ) -> Float32[Tensor, "3 p p"]:
+    def augmented(self, picture: Picture, generator: torch.Generator) -> Float32[Tensor, "3 p p"]:
         """Crop, flip, Gaussian noise, colour jitter, grey (Sec. IV-C a, its order); then resized, normalised.
 
-        All randomness is `generator`'s, and how much is drawn depends on the crop's size and the noise alone.
+        All randomness is `generator`'s: first 12 even numbers (crop's height, width, top, left; flip; noise;
+        jitter, its brightness, contrast, saturation, hue; grey), then, where there is noise, a normal number
+        for each value of the crop.
         """
         # Differs from the paper: its text to Eq. 8 says Gaussian blur, its list Gaussian noise; the list
         # holds. The paper is silent on clipping: values are clipped to 0-1 once, at the end. So the colour
         # operations, affine maps of a pixel's colour, are one matrix, and give the same before the resizing
-        # and after it.
+        # and after it. Noise is of the picture as decoded: of a JPEG at the scale of the view.
         draws = torch.rand(12, generator=generator).tolist()
-        pixels = _flipped(_cropped(_pixels(picture), draws[:4]), draws[4]).float() / 255
+        height, width = (math.ceil(self.image_px / _share(draw)) for draw in draws[:2])
+        pixels = _flipped(_cropped(_pixels(picture, width, height), draws[:4]), draws[4]).float() / 255
         if draws[5] < NOISE:
             pixels = torch.randn(pixels.shape, generator=generator).mul_(NOISE_STD).add_(pixels)
         matrix, offset = _colours(pixels.mean(dim=(1, 2)), draws[6:])
@@ -113,7 +131,10 @@ def _random_tokens(
     return drawn
 
 
-def _pixels(picture: Image.Image | Tensor) -> UInt8[Tensor, "3 h w"]:
+def _pixels(picture: Picture, width: int, height: int) -> UInt8[Tensor, "3 h w"]:
+    """The picture's pixels; of an encoded one `width` x `height` or more, where it has as many."""
+    if isinstance(picture, EncodedPicture):
+        picture = picture.decoded((width, height))
     if isinstance(picture, Tensor):
         if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
             raise ValueError(f"a picture is uint8 (3, h, w), not {picture.dtype} {tuple(picture.shape)}")
@@ -132,10 +153,14 @@ def _resized(pixels: Tensor, side: int) -> Tensor:
 def _cropped(pixels: Tensor, draws: Sequence[float]) -> Tensor:
     """A window of (σ₁H, σ₂W) pixels, σ₁ and σ₂ each even in 0.6-1, its place even among those that fit."""
     height, width = pixels.shape[1:]
-    h = max(1, round((SMALLEST_CROP + (1 - SMALLEST_CROP) * draws[0]) * height))
-    w = max(1, round((SMALLEST_CROP + (1 - SMALLEST_CROP) * draws[1]) * width))
+    h, w = max(1, round(_share(draws[0]) * height)), max(1, round(_share(draws[1]) * width))
     top, left = int(draws[2] * (height - h + 1)), int(draws[3] * (width - w + 1))
     return pixels[:, top : top + h, left : left + w]
+
+
+def _share(draw: float) -> float:
+    """Of a side of the picture, that a crop takes."""
+    return SMALLEST_CROP + (1 - SMALLEST_CROP) * draw
 
 
 def _flipped(pixels: Tensor, draw: float) -> Tensor:

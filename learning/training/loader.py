@@ -2,42 +2,39 @@
 
 The order of an epoch is a stateless permutation; rank r of W takes rows r·b … (r + 1)·b - 1 of each global
 batch; text choice, augmentation and the replacement of a bad sample are drawn from generators keyed by (seed,
-epoch, sample key). So a resume costs no scan, and any number of ranks reads the same global batches.
+epoch, sample key). So a resume costs no scan, and any number of ranks reads the same global batches. How they
+are made ahead of the training is prefetch.py's.
 """
 
 import functools
-from collections import deque
-from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from data_tools.pictures import PictureError, open_picture
+from data_tools.corpus_source import CorpusSource
+from data_tools.pictures import EncodedPicture, PictureError
 from data_tools.shards import ShardIndex
 from learning.evaluation.gallery import TextField, texts_of
-from learning.methods.base import Batch, Texts, Views
+from learning.methods.base import Batch, Views
 from learning.tokenizer import Tokenizer
-from learning.training.augment import ImageTransform, augment_tokens
-from learning.training.randomness import Permutation, keyed_generator, stable_hash
+from learning.training.augment import ImageTransform, Picture, augment_tokens
+from learning.training.randomness import MixedShards, Permutation, keyed_generator, stable_hash
 from learning.training.tower_tokens import TowerTokens
 
 CACHE_MARGIN = 1.25  # a cached picture's shorter side, as a multiple of image_px, at most
-PREFETCH = 2  # batches made ahead
+FETCH_AHEAD = 8  # batches whose shards, where they are at an address, are fetched ahead
 ATTEMPTS = 100  # samples that may stand in for one bad sample before the corpus is called unreadable
 
 
-class DataConfig(BaseModel):
+class DataConfig(CorpusSource):
     """Which samples a training stage reads, and how."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     split: str = "train"
     texts: tuple[TextField, ...] = Field(
@@ -45,7 +42,15 @@ class DataConfig(BaseModel):
         min_length=1,
         description="one of a sample's texts is drawn: first a field that it has, then a text of that field",
     )
-    workers: int = Field(default=0, ge=0, description="processes a rank that make batches; 0: one thread")
+    mix_shards: int | None = Field(
+        default=None,
+        ge=1,
+        description="shards that are read at a time, in an order drawn anew each epoch, their samples mixed; "
+        "null: all. For a corpus that is larger than data.cache_gb",
+    )
+    workers: int = Field(
+        default=0, ge=0, description="processes a rank that make each batch together; 0: one thread"
+    )
     cache: Literal["none", "memory", "tokens"] = Field(
         default="none",
         description=f"memory: keep decoded pictures, the shorter side at most {CACHE_MARGIN} × image_px; "
@@ -77,6 +82,17 @@ class Loaded:
 
 
 @dataclass
+class Rows:
+    """Consecutive rows of one rank's part of a global batch. Texts are not padded yet, and are numpy's, which
+    cross processes cheaply."""
+
+    keys: list[str]
+    images: dict[str, Tensor]  # by view: (n, 3, p, p), or the frozen tower's tokens (n, t, v)
+    texts: dict[str, list[Int64[np.ndarray, " _"]]]
+    skipped: dict[str, str]
+
+
+@dataclass
 class Failed:
     """A batch that could not be made: told as a value, so that all ranks can stop together."""
 
@@ -85,16 +101,14 @@ class Failed:
 
 @dataclass
 class BadSamples:
-    """Samples that were skipped, by key, and how many are too many."""
+    """Samples that any rank skipped, by key, and how many are too many: the same on all ranks."""
 
     limit: int
     why: dict[str, str] = field(default_factory=dict)
 
-    def add(self, skipped: dict[str, str]) -> dict[str, str]:
-        """Remember; what was not known before comes back."""
-        new = {key: reason for key, reason in skipped.items() if key not in self.why}
-        self.why |= new
-        return new
+    def new(self, skipped: dict[str, str]) -> dict[str, str]:
+        """What of it is not known yet."""
+        return {key: reason for key, reason in skipped.items() if key not in self.why}
 
     def too_many(self) -> str | None:
         """What to tell the user once there are more than `limit`, else None."""
@@ -119,7 +133,7 @@ def steps_per_epoch(samples: int, contrastive_batch: int) -> int:
     return samples // contrastive_batch
 
 
-class Batches(Dataset[Loaded | Failed]):
+class Batches:
     """One rank's part of every global batch, by step. Step s is batch s % S of epoch s // S."""
 
     def __init__(
@@ -152,11 +166,13 @@ class Batches(Dataset[Loaded | Failed]):
                 f"contrastive_batch: {contrastive_batch} does not divide by {world_size} ranks; "
                 f"give a multiple of {world_size}"
             )
+        index.reads(config.mix_shards)
         self.index, self.tokenizer, self.transform, self.views = index, tokenizer, transform, views
         self.config, self.seed, self.max_length = config, seed, max_length
         self.contrastive_batch, self.rank, self.world_size = contrastive_batch, rank, world_size
         self.per_epoch = steps_per_epoch(len(index), contrastive_batch)
         self.left_out: frozenset[str] = frozenset()  # keys that are replaced as bad samples are, uncounted
+        self._shard_sizes = np.unique(index.shard_of, return_counts=True)[1]  # samples stand shard by shard
         self._vocabulary_size = tokenizer.vocabulary_size  # once: it is counted anew each time
         self._pictures: dict[int, Tensor] = {}
         self._texts: dict[int, list[list[str]]] = {}
@@ -167,34 +183,68 @@ class Batches(Dataset[Loaded | Failed]):
         epoch, batch = divmod(step, self.per_epoch)
         each = self.contrastive_batch // self.world_size
         first = batch * self.contrastive_batch + self.rank * each
-        return epoch, Permutation(len(self.index), self.seed, epoch)(np.arange(first, first + each))
+        return epoch, self._order(epoch)(np.arange(first, first + each))
+
+    def _order(self, epoch: int) -> Permutation | MixedShards:
+        if self.config.mix_shards is None:
+            return Permutation(len(self.index), self.seed, epoch)
+        return MixedShards(self._shard_sizes, self.config.mix_shards, self.seed, epoch)
 
     def keys(self, step: int) -> list[str]:
         """The keys of this rank's rows of a step, before any is replaced."""
         return [self.index.keys[place] for place in self.samples(step)[1].tolist()]
 
     def __getitem__(self, step: int) -> Loaded | Failed:
-        try:
-            return self.load(step)
-        except (ValueError, OSError) as error:
-            return Failed(f"step {step}: {error}")
+        return self.joined([self.rows(step, 0, 1)])
 
     def load(self, step: int) -> Loaded:
         """This rank's part of the global batch of `step`. Raises ValueError for an unreadable corpus."""
+        made = self[step]
+        if isinstance(made, Failed):
+            raise ValueError(made.message)
+        return made
+
+    def rows(self, step: int, part: int, parts: int) -> Rows | Failed:
+        """The rows of one of `parts` equal parts (to one row) of this rank's batch of `step`."""
+        try:
+            return self._rows(step, part, parts)
+        except (ValueError, OSError) as error:
+            return Failed(f"step {step}: {error}")
+
+    def _rows(self, step: int, part: int, parts: int) -> Rows:
         epoch, positions = self.samples(step)
+        if part == 0:
+            self.index.fetch_ahead(self.samples(step + FETCH_AHEAD)[1])
+        mine = positions[len(positions) * part // parts : len(positions) * (part + 1) // parts]
         skipped: dict[str, str] = {}
         keys: list[str] = []
         made: dict[str, list[Tensor]] = {name: [] for name in self.views.images}
         texts: list[str] = []
-        for position in positions.tolist():
+        for position in mine.tolist():
             key, pictures, text = self._good_sample(epoch, position, skipped)
             keys.append(key)
             texts.append(text)
             for name, values in pictures.items():
                 made[name].append(values)
-        images = {name: torch.stack(each) for name, each in made.items()}
+        images = {name: torch.stack(each) for name, each in made.items() if each}
+        return Rows(keys, images, self._tokens(epoch, keys, texts), skipped)
+
+    def joined(self, parts: Sequence[Rows | Failed]) -> Loaded | Failed:
+        """The batch of all its parts, in their order."""
+        rows: list[Rows] = []
+        for part in parts:
+            if isinstance(part, Failed):
+                return part
+            if part.keys:  # there may be more parts than rows
+                rows.append(part)
+        images = {name: _concatenated([part.images[name] for part in rows]) for name in self.views.images}
+        texts = {
+            name: self.tokenizer.pad([torch.from_numpy(ids) for part in rows for ids in part.texts[name]])
+            for name in self.views.texts
+        }
         tokens = {name: images.pop(name) for name in list(images) if self._by_tower(name)}
-        return Loaded(Batch(images, self._tokens(epoch, keys, texts), keys, tokens), skipped)
+        skipped = {key: why for part in rows for key, why in part.skipped.items()}
+        return Loaded(Batch(images, texts, [key for part in rows for key in part.keys], tokens), skipped)
 
     def _by_tower(self, view: str) -> bool:
         return self.tower is not None and self.views.images[view] == "plain"
@@ -245,12 +295,13 @@ class Batches(Dataset[Loaded | Failed]):
         except PictureError:
             return None  # it is told when a batch asks for it
 
-    def _picture(self, position: int, key: str) -> Image.Image | Tensor:
-        """The picture: decoded, or from the cache. What is in the cache never changes what is returned."""
+    def _picture(self, position: int, key: str) -> Picture:
+        """The picture, or its copy in the cache. What is in the cache never changes what is returned."""
         if position in self._pictures:
             return self._pictures[position]
-        name = f"{self.index._where(position)}, key {key}"
-        picture = open_picture(self.index.image_bytes(position), max_pixels=self.config.max_pixels, name=name)
+        name = f"{self.index.where(position)}, key {key}"
+        data = self.index.image_bytes(position)
+        picture = EncodedPicture(data, max_pixels=self.config.max_pixels, name=name)
         if self.config.cache == "none":
             return picture
         pixels = _shrunk(picture, self.transform.image_px)
@@ -271,7 +322,7 @@ class Batches(Dataset[Loaded | Failed]):
         return chosen[int(torch.randint(len(chosen), (), generator=generator))]
 
     def _fields(self, position: int, key: str) -> list[list[str]]:
-        where = f"{self.index._where(position)}, key {key}"
+        where = f"{self.index.where(position)}, key {key}"
         try:
             record = self.index.record(position)
             fields = [texts for name in self.config.texts if (texts := texts_of(record, name))]
@@ -281,15 +332,19 @@ class Batches(Dataset[Loaded | Failed]):
             raise BadRecord(f"{where}: it has no text in {', '.join(self.config.texts)}")
         return fields
 
-    def _tokens(self, epoch: int, keys: Sequence[str], texts: Sequence[str]) -> dict[str, Texts]:
+    def _tokens(
+        self, epoch: int, keys: Sequence[str], texts: Sequence[str]
+    ) -> dict[str, list[Int64[np.ndarray, " _"]]]:
+        """Ids of each text, by view."""
         rows = self.tokenizer.encode_each(texts, self.max_length)
         made = {}
         for name, how in self.views.texts.items():
-            made[name] = self.tokenizer.pad(
+            each = (
                 rows
                 if how == "plain"
                 else [self._augmented(epoch, key, name, row) for key, row in zip(keys, rows, strict=True)]
             )
+            made[name] = [ids.numpy() for ids in each]
         return made
 
     def _augmented(self, epoch: int, key: str, view: str, ids: Tensor) -> Tensor:
@@ -302,36 +357,17 @@ class BadRecord(ValueError):
     """A sample whose record cannot be used; the message names shard and key."""
 
 
-def _shrunk(picture: Image.Image, image_px: int) -> Tensor:
-    """uint8 (3, h, w), its shorter side at most CACHE_MARGIN × image_px, the aspect kept."""
+def _shrunk(picture: EncodedPicture, image_px: int) -> UInt8[Tensor, "3 h w"]:
+    """Its shorter side at most CACHE_MARGIN × image_px, the aspect kept."""
     limit = max(1, int(CACHE_MARGIN * image_px))
-    width, height = picture.size
+    image = picture.decoded((limit, limit))
+    width, height = image.size
     if min(width, height) > limit:
         scale = limit / min(width, height)
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        picture = picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+        image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def batches_from(batches: Batches, start: int, stop: int) -> Generator[Loaded | Failed, None, None]:
-    """Batches of the steps start … stop - 1, made ahead by a thread, or by `workers` processes."""
-    if batches.config.workers > 0:
-        loader: Any = DataLoader(
-            batches,
-            batch_size=None,
-            sampler=range(start, stop),
-            num_workers=batches.config.workers,
-            prefetch_factor=PREFETCH,
-        )
-        yield from loader
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
-        ahead: deque[Future[Loaded | Failed]] = deque()
-        try:
-            for step in range(start, stop):
-                while len(ahead) < PREFETCH and step + len(ahead) < stop:
-                    ahead.append(thread.submit(batches.__getitem__, step + len(ahead)))
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
+def _concatenated(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

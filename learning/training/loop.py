@@ -29,12 +29,13 @@ from learning.training.anomalies import (
 from learning.training.checkpoint import CheckpointConfig, Checkpoints, Writer
 from learning.training.deadline import Deadline
 from learning.training.engine import Engine, StepResult
-from learning.training.loader import BadSamples, Batches, Failed, Loaded, batches_from
+from learning.training.loader import BadSamples, Batches, Failed, Loaded
+from learning.training.prefetch import batches_from
 from learning.training.schedule import ScheduleConfig, factor
 
 logger = logging.getLogger(__name__)
 
-GO, STOP, FAIL = 0, 1, 2
+GO, SKIPPED, STOP, FAIL = 0, 1, 2, 3
 BEST = "best.pt"
 
 
@@ -181,6 +182,7 @@ class _Run:
             begun, step = time.perf_counter(), self.position.step
             watchdog.enter("load", step + 1, self.batches.keys(step))
             loaded = next(source, None)
+            self._waited_s += time.perf_counter() - begun
             if loaded is None:
                 return
             yield loaded
@@ -250,24 +252,31 @@ class _Run:
     def _agree(self, loaded: Loaded | Failed) -> int:
         """The same flag on every rank, and the last loss judged. Raises ValueError on all when one rank could
         not make its batch, and Anomaly on all when the loss went wrong."""
-        failure: str | None = loaded.message if isinstance(loaded, Failed) else self._note(loaded.skipped)
-        keys = None if isinstance(loaded, Failed) else loaded.batch.keys
-        watchdog.enter("agree", keys=keys)
+        failure: str | None = loaded.message if isinstance(loaded, Failed) else None
+        new = {} if isinstance(loaded, Failed) else self.bad.new(loaded.skipped)
+        watchdog.enter("agree", keys=None if isinstance(loaded, Failed) else loaded.batch.keys)
         stop = self.shown.should_stop() or self.deadline.due(self._validates(self.position.step + 1))
-        own = FAIL if failure else STOP if stop else GO
+        own = FAIL if failure else STOP if stop else SKIPPED if new else GO
         flag, *loss = distributed.max_over_ranks([own, *self.watch.offer()])
         if flag == FAIL:
             told = distributed.gather_objects(failure)
             raise ValueError(
                 "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(told) if message)
             )
+        if flag != GO:
+            self._note(new)
         self.watch.judge(*loss)
         return int(flag)
 
-    def _note(self, skipped: dict[str, str]) -> str | None:
-        for why in self.bad.add(skipped).values():
+    def _note(self, new: dict[str, str]) -> None:
+        """Add what any rank skipped. Raises ValueError, on all ranks, when it is too much."""
+        for why in new.values():
             logger.warning("skipped a sample: %s", why)
-        return self.bad.too_many()
+        for each in distributed.gather_objects(new):
+            self.bad.why |= each
+        problem = self.bad.too_many()
+        if problem is not None:
+            raise ValueError(problem)
 
     def _step(self, loaded: Loaded) -> None:
         number = self.position.step + 1
@@ -295,9 +304,10 @@ class _Run:
         local = {f"loss/{name}": float(value) for name, value in result.losses.items()}
         local |= {f"train/{name}": float(value) for name, value in result.report.items()}
         local["loss/total"] = float(result.total)
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        local["train/data_wait_share"] = self._waited_s / seconds
         values = distributed.mean_over_ranks(local)
-        now = time.perf_counter()
-        speed = self._unlogged * self.batches.contrastive_batch / max(now - self._since, 1e-9)
+        speed = self._unlogged * self.batches.contrastive_batch / seconds
         rates = self.engine.learning_rates()
         values |= {
             "train/lr": max(rates.values()),
@@ -314,7 +324,7 @@ class _Run:
         self._restart_clock()
 
     def _restart_clock(self) -> None:
-        self._since, self._unlogged = time.perf_counter(), 0
+        self._since, self._unlogged, self._waited_s = time.perf_counter(), 0, 0.0
 
     def _validates(self, step: int) -> bool:
         epoch, inside = divmod(step, self.batches.per_epoch)
@@ -364,8 +374,7 @@ class _Run:
             step = self.position.step
             raise Anomaly(step, "its update made weights that are no numbers", (step,))
         begun = time.perf_counter()
-        told = distributed.gather_objects(self.bad.why)
-        self.position.bad = {key: why for each in told for key, why in each.items()}
+        self.position.bad = dict(self.bad.why)
         problem = self.checkpoints.save(
             self.position.step,
             self.position.as_dict(self.batches.per_epoch),

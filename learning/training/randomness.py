@@ -58,6 +58,42 @@ class Permutation:
         return (left << self._half) | right
 
 
+class MixedShards:
+    """A permutation of the samples of many shards whose neighbours come from few of them.
+
+    The shards are permuted and taken in groups of `together`; the samples of a group are permuted among
+    themselves. Samples are numbered shard by shard. Computed place by place too, from the shards' sizes.
+    """
+
+    def __init__(self, sizes: Int64[np.ndarray, " s"], together: int, seed: int, epoch: int):
+        """`sizes`: samples of each shard, in the order in which samples are numbered, all above 0."""
+        if together < 1:
+            raise ValueError(f"shards mixed at a time: {together}; there must be at least one")
+        self.size, self._seed, self._epoch, self._together = int(sizes.sum()), seed, epoch, together
+        order = Permutation(len(sizes), seed, epoch)(np.arange(len(sizes)))
+        self._first = (np.cumsum(sizes) - sizes)[order]  # number of the first sample of each shard
+        self._end = np.cumsum(sizes[order])  # place after the last sample of each shard, were none permuted
+        last = np.minimum(np.arange(together, len(sizes) + together, together), len(sizes)) - 1
+        self._group_end = self._end[last]
+
+    def __call__(self, places: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """What stands at these places, each in [0, size)."""
+        places = np.asarray(places)
+        groups = np.searchsorted(self._group_end, places, side="right")
+        drawn = np.empty_like(places)
+        for group in np.unique(groups):
+            start = int(self._group_end[group - 1]) if group else 0
+            inside = Permutation(
+                int(self._group_end[group]) - start,
+                stable_hash(self._seed, "group of shards", int(group)),
+                self._epoch,
+            )
+            drawn[groups == group] = start + inside(places[groups == group] - start)
+        shards = np.searchsorted(self._end, drawn, side="right")
+        begins = np.concatenate(([0], self._end[:-1]))
+        return self._first[shards] + drawn - begins[shards]
+
+
 def _mix(values: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser: every input bit moves every output bit."""
     with np.errstate(over="ignore"):
