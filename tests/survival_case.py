@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from learning.training.loader import Batches, Loaded
+from learning.training.loader import Batches, Failed, Loaded, Rows
 from learning.training.watchdog import Heartbeat, read_heartbeat
 from tests.training_case import config_values, free_port, make_job
 
@@ -36,27 +36,28 @@ def clip_values(**changed: Any) -> dict[str, Any]:
 
 def break_pixels(keys: Sequence[str]) -> None:
     """From now on these samples' pixels are no numbers, in every batch that has them."""
-    load = Batches.load
+    joined = Batches.joined
 
-    def loaded_with_nan(self: Batches, step: int) -> Loaded:
-        loaded = load(self, step)
-        rows = [row for row, key in enumerate(loaded.batch.keys) if key in keys]
-        for images in loaded.batch.images.values():
-            images[rows] = float("nan")
+    def joined_with_nan(self: Batches, parts: Sequence[Rows | Failed]) -> Loaded | Failed:
+        loaded = joined(self, parts)
+        if isinstance(loaded, Loaded):
+            rows = [row for row, key in enumerate(loaded.batch.keys) if key in keys]
+            for images in loaded.batch.images.values():
+                images[rows] = float("nan")
         return loaded
 
-    Batches.load = loaded_with_nan  # type: ignore[method-assign]
+    Batches.joined = joined_with_nan  # type: ignore[method-assign]
 
 
 def slow_down(step_s: float, hang_step: int | None = None) -> None:
     """Each batch takes `step_s` seconds to read, and that of `hang_step` for ever."""
-    load = Batches.load
+    rows = Batches.rows
 
-    def slowly(self: Batches, step: int) -> Loaded:
+    def slowly(self: Batches, step: int, part: int, parts: int) -> Rows | Failed:
         time.sleep(3600.0 if step + 1 == hang_step else step_s)
-        return load(self, step)
+        return rows(self, step, part, parts)
 
-    Batches.load = slowly  # type: ignore[method-assign]
+    Batches.rows = slowly  # type: ignore[method-assign]
 
 
 def start(

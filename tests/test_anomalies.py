@@ -66,7 +66,7 @@ def one_process() -> Iterator[None]:
 @pytest.fixture
 def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test does to the loader ends with it."""
-    monkeypatch.setattr(Batches, "load", Batches.load)
+    monkeypatch.setattr(Batches, "joined", Batches.joined)
 
 
 def make_batches(corpus: Path) -> Batches:
@@ -196,7 +196,7 @@ def test_a_rewound_training_is_the_one_that_never_read_the_sample(
     """Nothing of the bad step stays: the same weights, to the last bit."""
     key = first_seen(make_batches(corpus), 3)
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, "load", Batches.load)
+        patch.setattr(Batches, "joined", Batches.joined)
         survival_case.break_pixels([key])
         _, _, rewound = train(corpus, tmp_path / "rewound")
     state = rewound.full_state()

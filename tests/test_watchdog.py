@@ -173,7 +173,7 @@ def test_a_loader_that_hangs_is_named_with_its_samples(tmp_path: Path) -> None:
     text = logs(tmp_path / "a")
     assert 76 in codes, text
     assert "error: rank 1: on host " in text
-    assert "stands still in phase 'load' of step 5 (at loop.py:" in text or "loader.py:" in text
+    assert "stands still in phase 'load' of step 5 (at prefetch.py:" in text
     assert "samples train0" in text
     assert "error: rank 0:" not in text
 
