@@ -175,9 +175,9 @@ def rank_steps(rank: int, world_size: int) -> list[dict[str, Tensor]]:
     return [rank_step(*way, rank, world_size) for way in WAYS]
 
 
-def check_all(found: list[dict[str, Tensor]]) -> None:
+def check_all(*ranks: list[dict[str, Tensor]]) -> None:
     expected = {case: plain_step(case) for case in CASES}
-    for way, ours in zip(WAYS, found, strict=True):
+    for way, ours in (pair for found in ranks for pair in zip(WAYS, found, strict=True)):
         plain = expected[way[0]]
         assert set(ours) == set(plain)
         for name, value in plain.items():
@@ -199,8 +199,7 @@ def test_every_way_equals_the_formula_in_one_process() -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_way_equals_one_process_on_several_ranks(world_size: int) -> None:
     """Value and all gradients, the temperature's too; with queue, several positives, uneven last batch."""
-    for found in run_distributed(rank_steps, world_size):
-        check_all(found)
+    check_all(*run_distributed(rank_steps, world_size, timeout_s=400))
 
 
 def test_the_default_is_the_plain_loss_bit_for_bit() -> None:

@@ -110,9 +110,8 @@ def test_a_recipe_asks_for_it(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "shard/out", {"train": 19})
     text = MODEL["text"] | {"dropout": 0.0}
     model = MODEL | {"vision": MODEL["vision"] | {"trainable": False}, "text": text, "dropout": 0.0}
-    plain = config_values(
-        model=model, data={"cache": "tokens"}, optimizer={"learning_rate": 1e-3, "eps": 1e-4}
-    )
+    optimizer = {"learning_rate": 1e-3, "eps": 1e-4}
+    plain = config_values(model=model, data={"cache": "tokens"}, optimizer=optimizer, epochs=1)
     divided = plain | {"micro_batch": 3, "contrast": {"how": "blockwise", "block": 3}}
     for name, values in {"plain": plain, "divided": divided}.items():
         run(Config(**values), make_job(tmp_path / name, corpus))
