@@ -1,4 +1,4 @@
-"""What GradCache needs of an engine, in float64 as DeepSpeed's never is; and gradients averaged over ranks."""
+"""An engine in float64, which DeepSpeed's is not: whole and divided steps, gradients averaged over ranks."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ Results = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 
 
 class PlainEngine:
-    """An objective whose gradients add up in its parameters; nothing is sent between ranks before the step."""
+    """An objective whose gradients add up in its parameters; ranks meet only when they are averaged."""
 
     def __init__(self, objective: Objective):
         self.objective = objective
@@ -36,7 +36,7 @@ class PlainEngine:
         return results
 
     def averaged_gradients(self) -> dict[str, Tensor]:
-        """By parameter of the method, averaged over ranks as an engine does. Every one must have a gradient."""
+        """By parameter of the method, averaged over ranks as an engine does. Every one must have one."""
         found = {}
         for name, parameter in self.objective.method.named_parameters():
             assert parameter.grad is not None, name

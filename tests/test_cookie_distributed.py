@@ -20,6 +20,8 @@ from tests.plain_engine import PlainEngine
 COUNT = 12
 CLIP: dict[str, Any] = {key: MODEL[key] for key in ("vision", "text", "temperature")}
 CLIP |= {"method": "clip", "dimension": 6}
+FULL, LOCAL = ContrastConfig(), ContrastConfig(how="local")
+BLOCKWISE = ContrastConfig(how="blockwise", block=3)
 UNEVEN = {1: (12,), 2: (7, 5), 4: (4, 2, 3, 3)}
 
 
@@ -29,7 +31,7 @@ class Case:
 
     kind: str
     batch_norm: str
-    contrast: ContrastConfig = ContrastConfig()
+    contrast: ContrastConfig = FULL
     micro_batch: int | None = None
     uneven: bool = False
 
@@ -37,7 +39,6 @@ class Case:
         return Case(self.kind, self.batch_norm)
 
 
-LOCAL, BLOCKWISE = ContrastConfig(how="local"), ContrastConfig(how="blockwise", block=3)
 CASES = (
     Case("cookie", "global"),
     Case("cookie", "frozen"),

@@ -23,7 +23,7 @@ def parameters() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def rank_losses(rank: int, world_size: int) -> list[list[torch.Tensor]]:
-    """Value and engine-averaged gradients on one rank, of as many rows as the others have, and of other ones."""
+    """Value and engine-averaged gradients on one rank: of as many rows as the others have, and of others."""
     each = ROWS // world_size
     uneven = {1: (8,), 2: (7, 1), 4: (2, 1, 4, 1)}[world_size]
     return [rank_loss(rank, world_size, counts) for counts in ((each,) * world_size, uneven)]

@@ -1,16 +1,29 @@
 """GradCache: parts of a batch, and steps of the engine that equal the undivided step's, dropout and all."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from learning.methods.base import Batch, Texts
 from learning.training import grad_cache
 from learning.training.engine import Engine, OptimizerConfig, read_deepspeed_config
+from stages.base import StageError
+from stages.pretrain import Config, run
 from tests.distributed_harness import run_distributed
-from tests.training_case import CONFIGS, TinyMethod, part_of, tiny_batch
+from tests.training_case import (
+    CONFIGS,
+    MODEL,
+    TinyMethod,
+    config_values,
+    make_job,
+    part_of,
+    tiny_batch,
+    write_corpus,
+)
 
 MICRO, STEPS = 3, 3
 # eps well above a gradient's rounding: AdamW's first steps else turn the sign of a rounding into a whole step
@@ -91,6 +104,24 @@ def test_steps_equal_the_undivided_ones_under_every_zero_stage(world_size: int) 
     assert all(not torch.equal(value, start[name]) for name, value in told[0][0]["state"].items())
 
 
+@pytest.mark.slow
+def test_a_recipe_asks_for_it(tmp_path: Path) -> None:
+    """From corpus to out/, with a frozen tower's tokens from the cache and a blockwise loss."""
+    corpus = write_corpus(tmp_path / "shard/out", {"train": 19})
+    text = MODEL["text"] | {"dropout": 0.0}
+    model = MODEL | {"vision": MODEL["vision"] | {"trainable": False}, "text": text, "dropout": 0.0}
+    optimizer = {"learning_rate": 1e-3, "eps": 1e-4}
+    plain = config_values(model=model, data={"cache": "tokens"}, optimizer=optimizer, epochs=1)
+    divided = plain | {"micro_batch": 3, "contrast": {"how": "blockwise", "block": 3}}
+    for name, values in {"plain": plain, "divided": divided}.items():
+        run(Config(**values), make_job(tmp_path / name, corpus))
+    whole, parts = (load_file(tmp_path / name / "out/model.safetensors") for name in ("plain", "divided"))
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+    learns = config_values(micro_batch=3)
+    with pytest.raises(StageError, match=r"micro_batch: vision\.backbone\.\S+ and \d+ more normalise"):
+        run(Config(**learns), make_job(tmp_path / "refused", corpus))
+
+
 def test_parts_are_even_and_together_the_batch() -> None:
     batch = tiny_batch(0, 8)
     batch.tokens = {"image": torch.arange(8.0)}
@@ -111,7 +142,7 @@ def test_ranks_with_other_numbers_of_rows_make_as_many_parts() -> None:
 
     parts = [[len(p) for p in grad_cache.parts_of(rows(n, (7, 3)), 3)] for n in (7, 3)]
     assert parts == [[2, 2, 3], [1, 1, 1]]
-    with pytest.raises(ValueError, match="micro_batch: 3 makes 3 parts of 7 rows, .* set it to 4 or more"):
+    with pytest.raises(ValueError, match=r"micro_batch: 3 makes 3 parts of 7 rows, .* set it to 4 or more"):
         grad_cache.parts_of(rows(7, (7, 2)), 3)
 
 

@@ -65,9 +65,9 @@ def info_nce_rows(
     -1/|P(i)| Σ_{p∈P(i)} log( w_p exp(q_i·k_p/τ) / Σ_j w_j exp(q_i·k_j/τ) )
 
     j and p go over the batch's keys (w = 1) and the queue's. Without `ids`, P(i) is key `first` + i alone;
-    with no queue the mean over queries is then COOKIE's Eq. 5. With `ids`, P(i) are all keys of the query's id
-    and of w > 0: soft labels, even over the positives, the mean outside of the logarithm (Khosla et al. 2020,
-    L_out of Eq. 2). A query without any positive has no loss: nan. fp16 and bf16 are computed in fp32.
+    with no queue the mean over queries is then COOKIE's Eq. 5. With `ids`, P(i) are the keys of the query's
+    id and of w > 0: soft labels, even over the positives, the mean outside of the logarithm (Khosla et al.
+    2020, L_out of Eq. 2). A query without any positive has no loss: nan. fp16 and bf16 are computed in fp32.
     Raises ValueError for shapes that do not fit, and where there is no negative.
     """
     check_rows(queries_bd, keys_nd, first, ids, queue)

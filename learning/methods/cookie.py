@@ -200,28 +200,21 @@ class Cookie(Method):
         self, embeddings: Mapping[str, Float[Tensor, "b d"]], rows_by_rank: Sequence[int] | None = None
     ) -> Terms:
         step = Contrast(self.contrast, embeddings, rows_by_rank)
-        crossed = (
-            "image_a" if self._reused("image") else "image",
-            "text_a" if self._reused("text") else "text",
-        )
+        image = "image_a" if self._reused("image") else "image"
+        text = "text_a" if self._reused("text") else "text"
         temperature = self.temperature()
         losses: dict[str, Tensor] = {}
         report: dict[str, Tensor] = {}
         if set(self.losses) & {"ccl", "vcl", "tcl"}:
             report["temperature"] = temperature.detach()
-        if "ccl" in self.losses:
-            losses["ccl"], report["ccl_accuracy"] = step.both_ways(*crossed, temperature)  # Eq. 6, 7
-        if "vcl" in self.losses:
-            losses["vcl"], report["vcl_accuracy"] = step.info_nce(
-                "image_a", "image_b", temperature
-            )  # Eq. 8, 9
-        if "tcl" in self.losses:
-            losses["tcl"], report["tcl_accuracy"] = step.info_nce(
-                "text_a", "text_b", temperature
-            )  # Eq. 10, 11
-        if "hinge" in self.losses:
-            margin = self.config.hinge_margin
-            losses["hinge"], report["hinge_accuracy"] = step.hinge(*crossed, margin)  # Eq. 13
+        if "ccl" in self.losses:  # Eq. 6, 7
+            losses["ccl"], report["ccl_accuracy"] = step.both_ways(image, text, temperature)
+        if "vcl" in self.losses:  # Eq. 8, 9
+            losses["vcl"], report["vcl_accuracy"] = step.info_nce("image_a", "image_b", temperature)
+        if "tcl" in self.losses:  # Eq. 10, 11
+            losses["tcl"], report["tcl_accuracy"] = step.info_nce("text_a", "text_b", temperature)
+        if "hinge" in self.losses:  # Eq. 13
+            losses["hinge"], report["hinge_accuracy"] = step.hinge(image, text, self.config.hinge_margin)
         return Terms(losses, report)
 
     def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:

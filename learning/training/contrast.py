@@ -31,8 +31,8 @@ class ContrastConfig(BaseModel):
 
     how: Literal["full", "local", "blockwise"] = Field(
         default="full",
-        description="of the matrix of all queries by all keys, a rank holds: full: the whole; local: the rows "
-        "of its own queries; blockwise: those, `block` columns at a time, made again in backward",
+        description="what a rank holds of the matrix of all queries by all keys: full: the whole; local: the "
+        "rows of its own queries; blockwise: those, `block` columns at a time, made again in backward",
     )
     block: int = Field(default=1024, ge=1, description="keys at a time, for blockwise")
 

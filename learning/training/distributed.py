@@ -5,9 +5,9 @@ engine averages parameter gradients over ranks; the collectives here sum gradien
 parameter behind a gather then gets (1/W) · Σ_r W · dL/dx_r · dx_r/dθ, a parameter after it (a temperature)
 gets (1/W) · Σ_r dL/dθ: both are exactly the gradient of one process on the joined batch.
 
-The same holds where a rank computes only its share L_r and the loss is `sum_over_ranks(L_r)`, L = Σ_r L_r: the
-sum's backward gives each L_r the factor W, so a rank's own features and a temperature get
-(1/W) · Σ_r W · dL_r/dθ, and features behind a gather (1/W) · Σ_s Σ_r W · dL_r/dx_s · dx_s/dθ.
+The same holds where a rank computes only its share L_r and the loss is `sum_over_ranks(L_r)`: its backward
+gives each L_r the factor W, so that a rank's own features and a temperature get (1/W) · Σ_r W · dL_r/dθ, and
+features behind a gather (1/W) · Σ_s Σ_r W · dL_r/dx_s · dx_s/dθ.
 
 Without a process group everything here is the identity of one process.
 """

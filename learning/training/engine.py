@@ -65,7 +65,7 @@ class Objective(nn.Module):
         gradients: Mapping[str, Tensor] | None = None,
         embed_only: bool = False,
     ) -> Any:
-        """(total, losses, report) of a batch; its other uses are GradCache's (learning/training/grad_cache.py).
+        """(total, losses, report) of a batch. The options are GradCache's (learning/training/grad_cache.py).
 
         `early`: embeddings of rows that come before the batch's and belong to the loss; `gradients`: of the
         loss by the batch's embeddings, for the one scalar Σ <e, dL/de>; `embed_only`: the embeddings.

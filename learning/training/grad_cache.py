@@ -6,6 +6,7 @@ and kept, and each part is embedded again with a graph, for <e, dL/de>, whose gr
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def parts_of(batch: Batch, micro_batch: int | None) -> list[Batch]:
             f"{min(every)} rows; set it to {-(-max(every) // min(every))} or more"
         )
     bounds = [len(batch) * number // count for number in range(count + 1)]
-    return [batch.rows(slice(start, stop)) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [batch.rows(slice(start, stop)) for start, stop in pairwise(bounds)]
 
 
 def backward(
