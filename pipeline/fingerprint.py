@@ -58,7 +58,7 @@ def _identity(
     name: str, config: StageConfig, inputs: Mapping[str, str], recipe: Recipe, cache: "HashCache"
 ) -> Identity:
     paths = stage_files(config, recipe.directory)
-    files = {field: cache.sha256(path) for field, path in paths.items()}
+    files = {field: _sha256(config, field, path, cache) for field, path in paths.items()}
     # The content of a file counts, not where it is: its path in the config is replaced by the field's name.
     written = {str(path): f"<file {field}>" for field, path in config.files().items()}
     values = _without(config.model_dump(mode="json"), {*config.cosmetic, "kind", "inputs"})
@@ -84,6 +84,11 @@ def _identity(
         hashlib.sha256(text.encode()).hexdigest(),
         tuple(paths[field] for field, digest in files.items() if digest == ABSENT),
     )
+
+
+def _sha256(config: StageConfig, field: str, path: Path, cache: "HashCache") -> str:
+    part = config.what_counts(field, path)
+    return cache.sha256(path) if part is None else hashlib.sha256(part.encode()).hexdigest()
 
 
 def _without(values: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:

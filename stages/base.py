@@ -42,6 +42,10 @@ class StageConfig(Frozen):
         """Files outside the run directory that shape the result; their contents enter the fingerprint."""
         return {}
 
+    def what_counts(self, field: str, path: Path) -> str | None:
+        """Of a file of `files()`: what enters the fingerprint in place of its content; None: the content."""
+        return None
+
 
 @dataclass(frozen=True)
 class Report:

@@ -22,7 +22,6 @@ from learning.training.checkpoint import Checkpoints
 from learning.training.engine import Engine, read_deepspeed_config
 from learning.training.loader import Batches
 from learning.training.loop import Outcome, Plan, fit
-from learning.training.randomness import stable_hash
 from stages.base import Job, Report, StageError, Stopped, Task
 from stages.training import TrainingConfig
 
@@ -94,7 +93,6 @@ class _Training:
         )
         if distributed.rank() == 0:
             job.tracker.params({f"parameters/{part}": count for part, count in sizes.items()})
-        torch.manual_seed(stable_hash(job.seed, "rank", distributed.rank()))  # dropout differs between ranks
         shown = _Shown(job, f"{config.kind}: steps")
         try:
             outcome = fit(

@@ -19,6 +19,7 @@ from learning.training import distributed
 from learning.training.checkpoint import CheckpointConfig, Checkpoints, Writer
 from learning.training.engine import Engine, StepResult
 from learning.training.loader import BadSamples, Batches, Failed, Loaded, batches_from
+from learning.training.randomness import seed_step
 from learning.training.schedule import ScheduleConfig, factor
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,6 @@ class Position:
 
     seed: int
     contrastive_batch: int
-    ranks: int
     step: int = 0  # global batches consumed
     updates: int = 0  # optimizer steps applied: fewer than `step` where fp16 skipped some
     best: float | None = None
@@ -98,8 +98,8 @@ def fit(
     """Train to the end of `plan`, from the newest valid checkpoint if there is one.
 
     `validate(state)` gives metrics (val/…) of the full state, on every rank. Raises ValueError for an
-    unreadable corpus, a loss that is no number, a checkpoint of other ranks or another batch, and when the
-    last checkpoint cannot be written.
+    unreadable corpus, a loss that is no number, a checkpoint of another batch or seed, and when the last
+    checkpoint cannot be written.
     """
     return _Run(engine, batches, plan, checkpoints, shown, validate).fit()
 
@@ -119,7 +119,7 @@ class _Run:
         self.engine, self.batches, self.plan = engine, batches, plan
         self.checkpoints, self.shown, self.validate = checkpoints, shown, validate
         self.steps = plan.epochs * batches.per_epoch
-        self.position = Position(batches.seed, batches.contrastive_batch, distributed.world_size())
+        self.position = Position(batches.seed, batches.contrastive_batch)
         self.bad = BadSamples(int(batches.config.max_bad_share * len(batches.index)))
         self.best_state: dict[str, Tensor] | None = None  # rank 0's
         self.saved_step = 0
@@ -146,7 +146,6 @@ class _Run:
             return
         told = {key: found.position[key] for key in vars(self.position)}
         for name, here in (
-            ("ranks", self.position.ranks),
             ("contrastive_batch", self.position.contrastive_batch),
             ("seed", self.position.seed),
         ):
@@ -183,6 +182,7 @@ class _Run:
         number = self.position.step + 1
         logs = number % self.plan.log_every_steps == 0 or number == self.steps
         rate_factor = factor(self.position.updates, self.steps, self.plan.schedule)
+        seed_step(self.position.seed, number, distributed.rank())
         result = self.engine.step(loaded.batch, rate_factor, want_norm=logs)
         self.position.step = number
         self.position.updates += result.applied

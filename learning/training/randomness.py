@@ -1,9 +1,7 @@
-"""Randomness: by key, so that a sample gets the same choices whoever reads it; and a process's own state."""
+"""Randomness by key: a sample gets the same choices whoever reads it, a step the same after any resume."""
 
 import random
-from collections.abc import Mapping
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,24 +64,13 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def random_state() -> dict[str, Any]:
-    """Python's, numpy's and torch's random state, of values that torch.load reads with weights_only."""
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-    }
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed Python's, numpy's and torch's own generators (dropout draws from the last) for a rank's next step.
 
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """What `random_state` gave."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
+    So what a step draws is a matter of its number and its rank alone: a checkpoint needs no random state, and
+    another number of ranks has a defined one.
+    """
+    key = stable_hash(seed, "step", step, rank)
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.manual_seed(key)  # of all devices
