@@ -15,8 +15,8 @@ from learning.training.loader import DataConfig
 from learning.training.schedule import ScheduleConfig
 from stages.base import Frozen, StageConfig
 
-# Of a DeepSpeed config: how the model is held and its gradients travel. Results are the same but for rounding, and
-# a checkpoint of one is loaded by another: a stage may go on with another ZeRO stage, or with offload.
+# Of a DeepSpeed config: how the model is held and its gradients travel. The results are the same but for
+# rounding, and one loads the other's checkpoints: a stage may go on with another ZeRO stage, or with offload.
 HOLDING = ("zero_optimization", "communication_data_type")
 
 

@@ -99,7 +99,12 @@ class _Training:
                 engine,
                 self.batches,
                 self._plan(),
-                Checkpoints(job.checkpoints, config.checkpoint.keep),
+                Checkpoints(
+                    job.checkpoints,
+                    config.checkpoint.keep,
+                    config.checkpoint.milestone_every_steps,
+                    config.checkpoint.background,
+                ),
                 shown,
                 self._validate if self.validated is not None else None,
             )

@@ -1,4 +1,4 @@
-"""A checkpoint of other ranks or another ZeRO stage: weights, moments, steps, buffers, teachers, statistics."""
+"""A checkpoint of other ranks or another ZeRO stage: weights, moments, steps, buffers, frozen parameters."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from learning.training import distributed, elastic
-from learning.training.checkpoint import Writer
+from learning.training.checkpoint_files import Writer
 from learning.training.elastic import Layout, Saved, stretch
 from learning.training.engine import Engine, OptimizerConfig, read_deepspeed_config
 from tests.distributed_harness import run_distributed
@@ -21,7 +21,7 @@ BF16 = ["zero0_bf16", "zero2_bf16", "zero3_bf16"]
 
 
 class Stateful(TinyMethod):
-    """With what only a checkpoint knows: a queue, a teacher that does not learn, statistics of a rank's own."""
+    """With what only a checkpoint knows: a queue, a teacher that does not learn, a rank's own statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def test_state_moves_between_ranks_and_zero_stages(tmp_path: Path) -> None:
 
     distributed.init()
     try:
-        pairs = list(zip(FP32, FP32[1:] + FP32[:1], strict=True)) + [("zero2_fp32", "zero2_fp32")]
+        pairs = [*zip(FP32, FP32[1:] + FP32[:1], strict=True), ("zero2_fp32", "zero2_fp32")]
         check(pairs, load_each(0, 1, folder, pairs), saved)
         alone = str(tmp_path / "alone")
         saved_alone = save_each(0, 1, alone, ["zero0_fp32", "zero3_fp32"])

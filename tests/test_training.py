@@ -251,8 +251,13 @@ def test_a_loss_that_is_no_number_is_not_saved(tmp_path: Path) -> None:
 def test_kills_anywhere_end_with_the_same_weights(tmp_path: Path, config: str) -> None:
     corpus = write_corpus(tmp_path / "shard/out", {"train": 19, "val": 6})
     path = Path(config_values()["deepspeed"]).with_name(f"{config}.json")
+    background = config == "zero2_fp32"  # then it is a matter of time which step has a checkpoint at a kill
     values = config_values(
-        deepspeed=str(path), epochs=4, validate={"split": "val", "every_epochs": 2}, pick_best="val/r@m"
+        deepspeed=str(path),
+        epochs=4,
+        validate={"split": "val", "every_epochs": 2},
+        pick_best="val/r@m",
+        checkpoint={"every_steps": 2, "background": background},
     )
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert start_ranks(straight, corpus, values) == [0, 0], logs(straight)
@@ -261,14 +266,15 @@ def test_kills_anywhere_end_with_the_same_weights(tmp_path: Path, config: str) -
     assert -9 in start_ranks(killed, corpus, values, kill_write=30, kill_rank=1)  # in the first checkpoint
     assert not list((killed / "checkpoints").glob("step_????????"))
     assert -9 in start_ranks(killed, corpus, values, kill_step=4)  # between checkpoints
-    assert [p.name for p in (killed / "checkpoints").glob("step_????????")] == ["step_00000002"]
+    if not background:
+        assert [p.name for p in (killed / "checkpoints").glob("step_????????")] == ["step_00000002"]
     assert start_ranks(killed, corpus, values, stop_after=1) == [75, 75], logs(killed)  # one rank is asked to
     newest = max((killed / "checkpoints").glob("step_????????"))
-    assert newest.name == "step_00000003"
+    assert newest.name == "step_00000003" or background
     damaged = newest / "rank_1.pt"
     damaged.write_bytes(damaged.read_bytes()[:-3])
     assert start_ranks(killed, corpus, values) == [0, 0], logs(killed)
-    assert "step_00000003 is damaged and skipped: rank_1.pt" in logs(killed)
+    assert f"{newest.name} is damaged and skipped: rank_1.pt" in logs(killed)
 
     assert weights_hash(killed) == weights_hash(straight)
     told, expected = (json.loads((d / "told.json").read_text()) for d in (killed, straight))
@@ -278,7 +284,8 @@ def test_kills_anywhere_end_with_the_same_weights(tmp_path: Path, config: str) -
             k: v for k, v in theirs.items() if k != changing
         }
     last = {step: row["loss/total"] for step, row in told["rows"] if "loss/total" in row}
-    assert last == {s: r["loss/total"] for s, r in expected["rows"] if "loss/total" in r and s > 2}
+    assert min(last) == 3 or background
+    assert last == {s: r["loss/total"] for s, r in expected["rows"] if "loss/total" in r and s >= min(last)}
 
 
 @pytest.mark.slow

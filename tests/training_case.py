@@ -248,7 +248,7 @@ def logs(directory: Path) -> str:
 
 def _kill_at(step: int | None, write: int | None) -> None:
     """SIGKILL this process before its step `step`, or half-way through its checkpoint file number `write`."""
-    from learning.training import checkpoint
+    from learning.training import checkpoint_files
     from learning.training.engine import Engine
 
     if step is not None:
@@ -262,7 +262,7 @@ def _kill_at(step: int | None, write: int | None) -> None:
 
         Engine.step = step_or_die  # type: ignore[method-assign]
     if write is not None:
-        written, wrote = [0], checkpoint._Hashing.write
+        written, wrote = [0], checkpoint_files._Hashing.write
 
         def write_or_die(self: Any, data: Any) -> int:
             written[0] += 1
@@ -271,10 +271,10 @@ def _kill_at(step: int | None, write: int | None) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return wrote(self, data)
 
-        checkpoint._Hashing.write = write_or_die  # type: ignore[method-assign]
+        checkpoint_files._Hashing.write = write_or_die  # type: ignore[method-assign]
 
 
-# A model whose losses are those of the global batch, whatever the ranks: nothing is drawn, no statistic is a rank's.
+# Its losses are those of the global batch whatever the ranks: no dropout, no statistic of a rank's own
 SAME_ON_ANY_RANKS: dict[str, Any] = MODEL | {
     "vision": MODEL["vision"] | {"batch_norm": "global"},
     "text": MODEL["text"] | {"dropout": 0.0},

@@ -1,12 +1,13 @@
-"""A checkpoint of other ranks, or of another ZeRO stage, into this engine: by parameter name, nothing converted on disk.
+"""A checkpoint of other ranks, or of another ZeRO stage, into this engine, parameter by parameter.
 
-Each rank maps the files of all ranks that wrote, and copies out the pieces of weights and moments that it holds
-itself. DeepSpeed has a universal format for this (deepspeed.checkpoint.ds_to_universal); with 0.19.8 it does not
-serve here:
-- ZeRO-0 is neither converted nor loaded; what is made of ZeRO-1 and 2 is not loaded by ZeRO-3, nor the reverse;
-- ZeRO-1 and 2 fail to load it where a parameter group leaves a rank nothing: a temperature alone in its group;
-- loaded by ZeRO-3, all parameter groups get the first one's learning rate and weight decay, and share one
-  step count, which then grows by the number of groups a step;
+Nothing is converted on disk: each rank maps the files of all ranks that wrote, and copies out the pieces of
+weights and moments that it holds. DeepSpeed has a format for this (deepspeed.checkpoint.ds_to_universal); in
+0.19.8 it does not serve here:
+- ZeRO-0 is neither converted nor loaded; ZeRO-3 cannot load what is made of ZeRO-1 and 2, nor they what is
+  made of ZeRO-3;
+- ZeRO-1 and 2 fail where a parameter group leaves a rank nothing: a temperature alone in its group;
+- in ZeRO-3 all parameter groups get the first one's learning rate and weight decay, and share one step count,
+  which then grows by the number of groups a step;
 - buffers (queues) and frozen parameters (teachers) are not loaded.
 """
 
@@ -61,7 +62,7 @@ class _Piece:
 
 
 class Saved:
-    """The state in DeepSpeed's files, by parameter name. The files are mapped: what is not asked for is not read."""
+    """The state in DeepSpeed's files by parameter name. They are mapped: only what is asked for is read."""
 
     def __init__(self, directory: Path, layout: Layout):
         """Raises ValueError when a parameter is not whole."""
@@ -102,7 +103,7 @@ class Saved:
         return torch.cat(taken) if taken else torch.zeros(0)
 
     def others(self) -> dict[str, Tensor]:
-        """Buffers and frozen parameters, whole, by name; statistics that ranks keep for themselves: rank 0's."""
+        """Buffers and frozen parameters, whole, by name; of buffers that differ between ranks, rank 0's."""
         first = self._models[0]
         if self.layout.zero_stage < 3:
             return {name: value for name, value in first["module"].items() if name not in self.shapes}
@@ -136,8 +137,10 @@ class Saved:
             yield from self._read_whole()
             return
         for rank, saved in enumerate(self._optimizers):
-            yield from self._read_by_group(saved) if self.layout.zero_stage < 3 else self._read_by_parameter(
-                saved, rank
+            yield from (
+                self._read_by_group(saved)
+                if self.layout.zero_stage < 3
+                else self._read_by_parameter(saved, rank)
             )
 
     def _read_whole(self) -> Iterator[tuple[str, _Piece]]:
@@ -153,7 +156,7 @@ class Saved:
                 yield name, _Piece(self._flat(master, base["state"].get(index, {})), 0, master.numel())
 
     def _read_by_group(self, saved: dict[str, Any]) -> Iterator[tuple[str, _Piece]]:
-        """ZeRO-1 and 2: a group's parameters laid end to end, and cut evenly; a rank has one stretch of it."""
+        """ZeRO-1 and 2: a group's parameters laid end to end and cut evenly; a rank has one stretch of it."""
         base = saved["base_optimizer_state"]
         groups = zip(base["param_groups"], saved["single_partition_of_fp32_groups"], strict=True)
         for (group, master), inside in zip(groups, saved["param_slice_mappings"], strict=True):
@@ -182,7 +185,7 @@ class Saved:
 
 
 def stretch(values: int, rank: int, ranks: int) -> tuple[int, int, int]:
-    """How ZeRO-3 cuts a parameter: values a rank with padding, and the first and the end of those of `rank`."""
+    """How ZeRO-3 cuts a parameter: values a rank with padding; first and end of those of `rank`."""
     each = math.ceil(values / ranks)
     return each, min(rank * each, values), min((rank + 1) * each, values)
 
@@ -243,7 +246,7 @@ def _load_whole(saved: Saved, optimizer: Any, base: Any, names: dict[Tensor, str
         for parameter, master in zip(group, own, strict=True):
             state = _state(base, master, saved.step)
             for kind, target in _targets(master, state).items():
-                target.view(-1).copy_(saved.part(names[parameter], kind, 0, master.numel()))
+                target.copy_(saved.part(names[parameter], kind, 0, master.numel()).view(master.shape))
             parameter.data.copy_(master.data)
 
 
@@ -254,7 +257,8 @@ def _load_by_group(saved: Saved, optimizer: Any, base: Any, names: dict[Tensor, 
         for parameter in group:
             if parameter._hp_mapping is None:  # this rank has no value of it
                 continue
-            inside, there = parameter._hp_mapping.hp_fragment_address, parameter._hp_mapping.lp_fragment_address
+            inside = parameter._hp_mapping.hp_fragment_address  # of this rank's flat tensor
+            there = parameter._hp_mapping.lp_fragment_address  # of the parameter
             for kind, target in _targets(master, state).items():
                 target.narrow(0, inside.start, inside.numel).copy_(
                     saved.part(names[parameter], kind, there.start, there.numel)

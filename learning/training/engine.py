@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from learning.methods.base import Batch, Method
 from learning.training import distributed
-from learning.training.checkpoint import Writer
+from learning.training.checkpoint_files import Writer
 from learning.training.elastic import ENGINE, LAYOUT, Layout, load
 
 RUN_SIZE_KEYS = {

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from learning.training import distributed
-from learning.training.checkpoint import CheckpointConfig, Checkpoints, Writer
+from learning.training.checkpoint import CheckpointConfig, Checkpoints
+from learning.training.checkpoint_files import Writer
 from learning.training.engine import Engine, StepResult
 from learning.training.loader import BadSamples, Batches, Failed, Loaded, batches_from
 from learning.training.randomness import seed_step
@@ -130,7 +131,8 @@ class _Run:
         self._resume()
         self.shown.begin(self.position.step, self.steps)
         self._restart_clock()
-        with closing(batches_from(self.batches, self.position.step, self.steps)) as source:
+        source = batches_from(self.batches, self.position.step, self.steps)
+        with closing(self.checkpoints), closing(source):
             for loaded in source:
                 if self._agree(loaded) == STOP:
                     self._save(last=True)
@@ -141,6 +143,7 @@ class _Run:
         return self._outcome(stopped=False)
 
     def _resume(self) -> None:
+        self._settle(wait=True)
         found = self.checkpoints.newest()
         if found is None:
             return
@@ -167,6 +170,7 @@ class _Run:
         failure: str | None = loaded.message if isinstance(loaded, Failed) else self._note(loaded.skipped)
         flag = distributed.all_reduce_max(FAIL if failure else STOP if self.shown.should_stop() else GO)
         if flag == FAIL:
+            self._settle(wait=True)
             told = distributed.gather_objects(failure)
             raise ValueError(
                 "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(told) if message)
@@ -201,6 +205,7 @@ class _Run:
             return
         if not distributed.all_reduce_max(result.applied and not math.isfinite(float(result.total))):
             return
+        self._settle(wait=True)
         terms = ", ".join(f"loss/{name} {float(value)}" for name, value in sorted(result.losses.items()))
         raise ValueError(
             f"step {self.position.step}: the loss is no number ({terms}); lower optimizer.learning_rate, or "
@@ -237,6 +242,7 @@ class _Run:
         step, per_epoch = self.position.step, self.batches.per_epoch
         epoch, inside = divmod(step, per_epoch)
         begun = time.perf_counter()
+        self._settle(wait=False)
         due = inside == 0 and (epoch % self.plan.validate_every_epochs == 0 or step == self.steps)
         if self.validate is not None and due:
             self._validate(self.validate)
@@ -262,20 +268,31 @@ class _Run:
             self.best_state = state if distributed.rank() == 0 else None
 
     def _save(self, last: bool) -> None:
-        """Save. A failure is a warning, and training goes on with the checkpoint before, but for the last."""
+        """Begin to save; `last`, and where the recipe wants no background: and see it committed."""
+        self._settle(wait=True)  # one at a time
         if self.saved_step == self.position.step:
             return
         self._check_finite()  # a checkpoint of numbers that are none would be worth nothing
         told = distributed.gather_objects(self.bad.why)
         self.position.bad = {key: why for each in told for key, why in each.items()}
-        problem = self.checkpoints.save(
+        self.checkpoints.begin(
             self.position.step,
             self.position.as_dict(self.batches.per_epoch),
             self._write,
             self.engine.state_bytes(),
         )
-        if problem is None:
-            self.saved_step = self.position.step
+        self._settle(wait=last or not self.checkpoints.background, last=last)
+
+    def _settle(self, wait: bool, last: bool = False) -> None:
+        """The outcome of the save that was begun, if it has one by now, or after a wait.
+
+        A failure is a warning, and training goes on with the checkpoint before, but for the last.
+        """
+        settled = self.checkpoints.settle(wait)
+        if settled is None:
+            return
+        if settled.problem is None:
+            self.saved_step = settled.step
             return
         kept = (
             f"the checkpoint of step {self.saved_step} stays"
@@ -283,7 +300,7 @@ class _Run:
             else "there is no earlier one"
         )
         where = self.checkpoints.directory
-        message = f"{where}: the checkpoint of step {self.position.step} failed: {problem}; {kept}"
+        message = f"{where}: the checkpoint of step {settled.step} failed: {settled.problem}; {kept}"
         if last:
             raise ValueError(f"{message}; make room and run again: it goes on from there")
         if distributed.rank() == 0:
@@ -292,7 +309,7 @@ class _Run:
     def _write(self, directory: Path, writer: Writer) -> None:
         self.engine.save(directory, writer)
         if distributed.rank() == 0 and self.best_state is not None:
-            writer.save(self.best_state, directory / BEST)
+            writer.save(self.best_state, directory / BEST, constant=True)
 
     def _outcome(self, stopped: bool) -> Outcome:
         state = None
