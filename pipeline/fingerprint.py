@@ -59,7 +59,7 @@ def _identity(
     name: str, config: StageConfig, inputs: Mapping[str, str], recipe: Recipe, cache: "HashCache"
 ) -> Identity:
     paths = stage_files(config, recipe.directory)
-    files = {field: cache.sha256(path) for field, path in paths.items()}
+    files = {field: _sha256(config, field, path, cache) for field, path in paths.items()}
     files |= {field: _sha256_at(address, name, field) for field, address in config.addresses().items()}
     # The content of a file counts, not where it is: its path in the config is replaced by the field's name.
     written = {str(path): f"<file {field}>" for field, path in config.files().items()}
@@ -95,6 +95,11 @@ def _sha256_at(address: str, stage: str, field: str) -> str:
         return hashlib.sha256(Remote(directory).read(file)).hexdigest()
     except RemoteError as error:
         raise StageError(f"stages.{stage}.{field}: {error}") from error
+
+
+def _sha256(config: StageConfig, field: str, path: Path, cache: "HashCache") -> str:
+    part = config.what_counts(field, path)
+    return cache.sha256(path) if part is None else hashlib.sha256(part.encode()).hexdigest()
 
 
 def _without(values: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:

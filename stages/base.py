@@ -51,6 +51,10 @@ class StageConfig(Frozen):
         """Roles that need no input, as a field names what they read."""
         return frozenset()
 
+    def what_counts(self, field: str, path: Path) -> str | None:
+        """Of a file of `files()`: what enters the fingerprint in place of its content; None: the content."""
+        return None
+
 
 @dataclass(frozen=True)
 class Report:

@@ -1,5 +1,6 @@
 """The config of a training stage, for pretrain and finetune alike; stages/training_run.py runs it."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,10 @@ from learning.training.loader import DataConfig
 from learning.training.rates import OptimizerConfig
 from learning.training.schedule import ScheduleConfig
 from stages.base import Frozen, StageConfig
+
+# Of a DeepSpeed config: how the model is held and its gradients travel. The results are the same but for
+# rounding, and one loads the other's checkpoints: a stage may go on with another ZeRO stage, or with offload.
+HOLDING = ("zero_optimization", "communication_data_type")
 
 
 class Vocabulary(Frozen):
@@ -65,6 +70,7 @@ class TrainingConfig(StageConfig):
     roles: ClassVar[tuple[str, ...]] = ("corpus",)
     optional_roles: ClassVar[tuple[str, ...]] = ("weights",)
     distributed: ClassVar[bool] = True
+    version: ClassVar[int] = 2  # dropout is drawn by step and rank
 
     model: dict[str, Any] = Field(description="validated by the Config of the method that it names")
     losses: dict[str, float] = Field(min_length=1, description="weight of each loss in the sum")
@@ -165,6 +171,18 @@ class TrainingConfig(StageConfig):
 
     def named_elsewhere(self) -> frozenset[str]:
         return self.data.named_elsewhere()
+
+    def what_counts(self, field: str, path: Path) -> str | None:
+        """Of the DeepSpeed config, all but HOLDING: precision above all."""
+        if field != "deepspeed":
+            return None
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None  # the stage tells what is wrong with it when it reads it
+        if not isinstance(config, dict):
+            return None
+        return json.dumps({key: value for key, value in config.items() if key not in HOLDING}, sort_keys=True)
 
 
 def _weights_in(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

@@ -25,7 +25,6 @@ from learning.training.checkpoint import Checkpoints
 from learning.training.engine import Engine, read_deepspeed_config, zero_stage
 from learning.training.loader import Batches
 from learning.training.loop import Outcome, Plan, fit
-from learning.training.randomness import stable_hash
 from learning.training.tower_tokens import TowerTokens, identity
 from learning.training.watchdog import FIRST_STEP_FACTOR, Watchdog
 from stages.base import Job, Report, StageError, Stopped, Task
@@ -125,7 +124,6 @@ class _Training:
         )
         if distributed.rank() == 0:
             job.tracker.params({f"parameters/{part}": count for part, count in sizes.items()})
-        torch.manual_seed(stable_hash(job.seed, "rank", distributed.rank()))  # dropout differs between ranks
         self._fill_tower()
         shown = _Shown(job, f"{config.kind}: steps")
         try:
@@ -133,7 +131,12 @@ class _Training:
                 engine,
                 self.batches,
                 self._plan(),
-                Checkpoints(job.checkpoints, config.checkpoint.keep),
+                Checkpoints(
+                    job.checkpoints,
+                    config.checkpoint.keep,
+                    config.checkpoint.milestone_every_steps,
+                    config.checkpoint.background,
+                ),
                 shown,
                 self._validate if self.validated is not None else None,
                 again,

@@ -31,8 +31,7 @@ from learning.training.randomness import (
     MixedShards,
     Permutation,
     keyed_generator,
-    random_state,
-    set_random_state,
+    seed_step,
     stable_hash,
 )
 from tests.training_case import write_corpus
@@ -151,13 +150,15 @@ def test_keys_are_stable_between_processes() -> None:
     )
 
 
-def test_random_state_comes_back() -> None:
-    state = random_state()
-    drawn = (random.random(), np.random.rand(), torch.rand(3))
-    set_random_state(state)
-    again = (random.random(), np.random.rand(), torch.rand(3))
-    assert drawn[:2] == again[:2]
-    assert torch.equal(drawn[2], again[2])
+def test_a_step_draws_by_its_number_and_its_rank() -> None:
+    def drawn(step: int, rank: int) -> tuple[float, float, float]:
+        seed_step(5, step, rank)
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    first = drawn(1, 0)
+    assert drawn(1, 0) == first
+    others = [drawn(2, 0), drawn(1, 1)]
+    assert all(a != b for other in others for a, b in zip(first, other, strict=True))
 
 
 def test_every_sample_once_an_epoch_but_for_the_dropped_batch(corpus: Path, tokenizer: Tokenizer) -> None:

@@ -280,3 +280,13 @@ stages:
     assert memory["zero0"] > memory["zero1"] > memory["zero2"] > memory["zero3"] > 0
     tables = estimates.tables(found)
     assert [table.row_count for table in tables] == [2, 2]
+
+    def named(*overrides: str) -> list[str]:
+        return [identity.short for identity in identities(load(path, overrides), tmp_path).values()]
+
+    # how many ranks hold it, and how, makes no other result; its precision does
+    before = named()
+    (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 3}}')
+    assert named("launch.processes=1") == before
+    (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
+    assert [a == b for a, b in zip(named(), before, strict=True)] == [True, False, False]

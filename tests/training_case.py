@@ -10,7 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +253,7 @@ def logs(directory: Path) -> str:
 
 def _kill_at(step: int | None, write: int | None) -> None:
     """SIGKILL this process before its step `step`, or half-way through its checkpoint file number `write`."""
-    from learning.training import checkpoint
+    from learning.training import checkpoint_files
     from learning.training.engine import Engine
 
     if step is not None:
@@ -265,7 +267,7 @@ def _kill_at(step: int | None, write: int | None) -> None:
 
         Engine.step = step_or_die  # type: ignore[method-assign]
     if write is not None:
-        written, wrote = [0], checkpoint._Hashing.write
+        written, wrote = [0], checkpoint_files._Hashing.write
 
         def write_or_die(self: Any, data: Any) -> int:
             written[0] += 1
@@ -274,7 +276,83 @@ def _kill_at(step: int | None, write: int | None) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return wrote(self, data)
 
-        checkpoint._Hashing.write = write_or_die  # type: ignore[method-assign]
+        checkpoint_files._Hashing.write = write_or_die  # type: ignore[method-assign]
+
+
+# Its losses are those of the global batch whatever the ranks: no dropout, no statistic of a rank's own
+SAME_ON_ANY_RANKS: dict[str, Any] = MODEL | {
+    "vision": MODEL["vision"] | {"batch_norm": "global"},
+    "text": MODEL["text"] | {"dropout": 0.0},
+    "dropout": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a step read and came to, over all ranks in order."""
+
+    keys: list[str]
+    pixels: list[str]  # sha256 a sample, all views
+    texts: list[list[list[int]]]  # token ids a sample, by view
+    loss: float
+
+
+def _keep_ledger(path: Path) -> None:
+    """Write a line a step to `path`: what this rank read, and the loss."""
+    from learning.training import loop
+    from learning.training.engine import Engine
+
+    number, seeded, stepped = [0], loop.seed_step, Engine.step
+
+    def seed_step(seed: int, step: int, rank: int) -> None:
+        number[0] = step
+        seeded(seed, step, rank)
+
+    def step(self: Engine, batch: Batch, *args: Any, **kwargs: Any) -> Any:
+        result = stepped(self, batch, *args, **kwargs)
+        rows = range(len(batch.keys))
+        pictures = list(batch.images.values())
+        line = {
+            "start": os.environ["MASTER_PORT"],
+            "at": time.time(),
+            "step": number[0],
+            "rank": int(os.environ["RANK"]),
+            "ranks": int(os.environ["WORLD_SIZE"]),
+            "keys": list(batch.keys),
+            "pixels": [
+                hashlib.sha256(b"".join(p[r].numpy().tobytes() for p in pictures)).hexdigest() for r in rows
+            ],
+            "texts": [[t.ids[r][t.mask[r].bool()].tolist() for t in batch.texts.values()] for r in rows],
+            "loss": float(result.total),
+        }
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return result
+
+    loop.seed_step = seed_step  # type: ignore[attr-defined]
+    Engine.step = step  # type: ignore[method-assign]
+
+
+def read_ledger(directory: Path) -> dict[int, Row]:
+    """By step, as the last start that took it. A step that was taken twice must have read the same."""
+    starts: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    for path in directory.glob("ledger*.jsonl"):
+        for text in path.read_text().splitlines():
+            line = json.loads(text)
+            starts.setdefault(line["step"], {}).setdefault(line["start"], []).append(line)
+    found = {}
+    for step, by_start in sorted(starts.items()):
+        taken = sorted(by_start.values(), key=lambda lines: max(line["at"] for line in lines))
+        rows = [_joined(lines) for lines in taken if len(lines) == lines[0]["ranks"]]
+        assert all((r.keys, r.pixels, r.texts) == (rows[0].keys, rows[0].pixels, rows[0].texts) for r in rows)
+        found[step] = rows[-1]
+    return found
+
+
+def _joined(lines: list[dict[str, Any]]) -> Row:
+    lines = sorted(lines, key=lambda line: int(line["rank"]))
+    each = {name: [value for line in lines for value in line[name]] for name in ("keys", "pixels", "texts")}
+    return Row(**each, loss=lines[0]["loss"])
 
 
 def main() -> None:
@@ -287,6 +365,7 @@ def main() -> None:
     parser.add_argument("--kill-write", type=int)
     parser.add_argument("--kill-rank", type=int, default=0)
     parser.add_argument("--stop-after", type=int)
+    parser.add_argument("--ledger", type=int, help="1: keep one, in the directory")
     parser.add_argument("--file-limit", type=int, help="bytes a file may have, from the training on")
     options = parser.parse_args()
     import logging
@@ -297,6 +376,8 @@ def main() -> None:
 
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
+    if options.ledger:
+        _keep_ledger(options.directory / f"ledger_{os.environ['RANK']}.jsonl")
     if options.kill_rank == int(os.environ["RANK"]):
         _kill_at(options.kill_step, options.kill_write)
     if options.file_limit is not None:

@@ -13,7 +13,6 @@ from learning.methods.base import Batch
 from learning.training import distributed
 from learning.training.engine import Engine, StepResult
 from learning.training.loader import Batches, Failed
-from learning.training.randomness import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ def blame(engine: Engine, batches: Batches, anomaly: Anomaly, since_step: int) -
     """The samples to leave out, by key, and why: those that give no finite input or embedding under the
     weights of `since_step`, which the engine has; where there is none, all of the suspected steps.
 
-    All ranks together; the random state is as before. Raises ValueError when these weights are no numbers.
+    All ranks together. Raises ValueError when these weights are no numbers.
     """
     if not weights_are_numbers(engine):
         raise ValueError(
@@ -130,7 +129,6 @@ def blame(engine: Engine, batches: Batches, anomaly: Anomaly, since_step: int) -
             f"{since_step} hold values that are no numbers already: begin from other weights"
         )
     steps = [step for step in anomaly.suspects if step > since_step]
-    state = random_state()
     culprits: dict[str, str] = {}
     suspected: dict[str, str] = {}
     for step in steps:
@@ -144,7 +142,6 @@ def blame(engine: Engine, batches: Batches, anomaly: Anomaly, since_step: int) -
         suspected |= dict.fromkeys(loaded.batch.keys, reason)
         if not anomaly.is_spike:
             culprits |= {key: f"{reason}: {what}" for key, what in _not_finite(engine, loaded.batch).items()}
-    set_random_state(state)
     told = distributed.gather_objects((culprits, suspected))
     found = {key: why for own, _ in told for key, why in own.items()}
     return found or {key: why for _, own in told for key, why in own.items()}

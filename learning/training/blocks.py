@@ -46,7 +46,9 @@ class _Recomputed:
         plain = partial(type(block).forward, block)
         if not (block.training and torch.is_grad_enabled()):
             return plain(*args, **kwargs)
-        if torch.compiler.is_compiling():  # the graph has each write to a buffer once, however often it is read
+        if (
+            torch.compiler.is_compiling()
+        ):  # the graph has each write to a buffer once, however often it is read
             return checkpoint(plain, *args, use_reentrant=False, **kwargs)
         return checkpoint(plain, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
 

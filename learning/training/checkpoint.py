@@ -1,29 +1,27 @@
 """Checkpoints: written aside, hashed, committed by one rename that all ranks agree on; damaged ones skipped.
 
-checkpoints/step_00000100/   position.json, manifest.json (bytes and sha256 a file), engine/…, rank_<r>.pt
+checkpoints/step_00000100/   position.json, layout.json, engine/…, rank_<r>.pt, manifest.json (sha256 a file)
 checkpoints/*.tmp            unfinished, or being deleted: never read, removed at the next start
 The directory is on a file system that all ranks see.
 """
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from learning.training import distributed, watchdog
+from learning.training import distributed
+from learning.training.background import LaterWriter
+from learning.training.checkpoint_files import MANIFEST, POSITION, Writer, problems, sync
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-POSITION = "position.json"
 SPARE = 1.05  # free space asked for, as a multiple of what is expected to be written
 
 
@@ -38,66 +36,16 @@ class CheckpointConfig(BaseModel):
     keep: int = Field(
         default=2, ge=1, description="the newest ones; older ones are deleted once a new one is complete"
     )
-
-
-class Writer:
-    """Writes files with their sha256, each flushed to the disk.
-
-    The first error is kept, not raised, and nothing is written after it: other ranks are waiting in a
-    collective, and all must come to the agreement.
-    """
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.files: dict[str, dict[str, Any]] = {}
-        self.error: str | None = None
-
-    def make_directory(self, path: str | Path) -> None:
-        self._guarded(lambda: Path(path).mkdir(parents=True, exist_ok=True))
-
-    def save(self, state: Any, path: str | Path) -> None:
-        """torch.save."""
-        self._guarded(lambda: self._write(Path(path), lambda file: torch.save(state, file)))
-
-    def text(self, content: str, path: str | Path) -> None:
-        self._guarded(lambda: self._write(Path(path), lambda file: file.write(content.encode())))
-
-    def _guarded(self, action: Callable[[], Any]) -> None:
-        if self.error is not None:
-            return
-        try:
-            action()
-        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError for a failed write
-            self.error = str(error)
-
-    def _write(self, path: Path, content: Callable[[Any], Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb", buffering=0) as raw:
-            file = _Hashing(raw)
-            content(file)
-            os.fsync(raw.fileno())
-        name = path.relative_to(self.directory).as_posix()
-        self.files[name] = {"bytes": file.count, "sha256": file.digest.hexdigest()}
-
-
-class _Hashing:
-    """A file that counts and hashes what is written to it."""
-
-    def __init__(self, raw: Any):
-        self._raw, self.count, self.digest = raw, 0, hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self.digest.update(view)
-        self.count += len(view)
-        done = 0
-        while done < len(view):  # an unbuffered write may take a part
-            done += self._raw.write(view[done:])
-            watchdog.alive()
-        return len(view)
-
-    def flush(self) -> None:
-        """Unbuffered."""
+    milestone_every_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="the first checkpoint at or after each multiple is never deleted; null: none is spared",
+    )
+    background: bool = Field(
+        default=True,
+        description="write while training goes on: a copy of each rank's own state waits in CPU memory; the "
+        "last one, and one at a stop, are waited for",
+    )
 
 
 @dataclass(frozen=True)
@@ -109,18 +57,48 @@ class Found:
     position: dict[str, Any]
 
 
-class Checkpoints:
-    """The checkpoints of one training stage. All ranks call every method together."""
+@dataclass(frozen=True)
+class Settled:
+    """How a checkpoint ended: `problem` is None when all ranks committed it, else why not, on every rank."""
 
-    def __init__(self, directory: Path, keep: int):
-        self.directory, self.keep = directory, keep
+    step: int
+    problem: str | None
+
+
+@dataclass
+class _Begun:
+    """A checkpoint that is being written."""
+
+    step: int
+    final: Path
+    problem: str | None  # the same on every rank
+    writer: Writer
+    written: Future[None]
+
+    @property
+    def temporary(self) -> Path:
+        return self.final.with_suffix(".tmp")
+
+
+class Checkpoints:
+    """The checkpoints of one training stage. All ranks call every method together, but for `close`."""
+
+    def __init__(
+        self, directory: Path, keep: int, milestone_every_steps: int | None = None, background: bool = False
+    ):
+        self.directory, self.keep, self.milestone_every_steps = directory, keep, milestone_every_steps
+        self.background = background
         self._last_bytes = 0
+        self._begun: _Begun | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def newest(self) -> Found | None:
         """The newest complete, undamaged checkpoint; leftovers are removed, damaged ones named in the log.
 
         Rank 0 lists them; all ranks share the hashing, and agree.
         """
+        assert self._begun is None, "settle what was begun: its files are among the leftovers"
+        self._idle()
         if distributed.rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob("*.tmp"):
@@ -128,44 +106,79 @@ class Checkpoints:
         found = [path.name for path in self._complete()] if distributed.rank() == 0 else []
         for name in distributed.broadcast_object(found):
             directory = self.directory / name
-            problems = [p for each in distributed.gather_objects(_problem(directory)) for p in each]
-            if not problems:
+            damage = [p for each in distributed.gather_objects(problems(directory)) for p in each]
+            if not damage:
                 position = json.loads((directory / POSITION).read_text(encoding="utf-8"))
-                return Found(directory, int(name.removeprefix("step_")), position)
+                return Found(directory, _step(directory), position)
             if distributed.rank() == 0:
-                logger.warning("checkpoint %s is damaged and skipped: %s", directory, "; ".join(problems))
+                logger.warning("checkpoint %s is damaged and skipped: %s", directory, "; ".join(damage))
         return None
 
-    def save(
+    def begin(
         self,
         step: int,
         position: Mapping[str, Any],
         write: Callable[[Path, Writer], None],
         expected_bytes: int,
-    ) -> str | None:
-        """Write and commit a checkpoint; None when all ranks did, else why not, on every rank.
+    ) -> None:
+        """Begin a checkpoint of the state as it is now; `settle` says how it ended.
 
-        `write(directory, writer)` puts this rank's files there. What was complete before stays when it fails.
+        `write(directory, writer)` puts this rank's files there: in the background the writer takes copies,
+        and a thread writes them. What was complete before stays when it fails.
         """
+        assert self._begun is None, "settle what was begun first"
         final = self.directory / f"step_{step:08d}"
-        temporary = final.with_suffix(".tmp")
-        problem = self._prepare(temporary, max(expected_bytes, self._last_bytes))
+        writer = (LaterWriter if self.background else Writer)(final.with_suffix(".tmp"))
+        problem = self._prepare(writer.directory, max(expected_bytes, self._last_bytes))
+        written: Future[None] = Future()
+        self._begun = _Begun(step, final, problem, writer, written)
         if problem is None:
-            writer = Writer(temporary)
             if distributed.rank() == 0:
-                writer.text(json.dumps(dict(position) | {"step": step}, indent=2), temporary / POSITION)
-            write(temporary, writer)
-            told = distributed.gather_objects((writer.error, writer.files))
-            problem = self._commit(temporary, final, told)
+                text = json.dumps(dict(position) | {"step": step}, indent=2)
+                writer.text(text, writer.directory / POSITION)
+            write(writer.directory, writer)
+        if isinstance(writer, LaterWriter):
+            self._begun.written = self._thread.submit(writer.run)
+        else:
+            written.set_result(None)
+
+    def settle(self, wait: bool) -> Settled | None:
+        """Commit what was begun, once all ranks have written; None while one has not, or if none was begun.
+
+        `wait`: until they have.
+        """
+        begun = self._begun
+        if begun is None:
+            return None
+        if not wait and begun.problem is None and distributed.all_reduce_max(not begun.written.done()):
+            return None
+        begun.written.result()
+        self._begun = None
+        problem = begun.problem
+        if problem is None:
+            told = distributed.gather_objects((begun.writer.error, begun.writer.files))
+            problem = self._commit(begun.temporary, begun.final, told)
         if problem is None:
             self._retain()
         elif distributed.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return problem
+            shutil.rmtree(begun.temporary, ignore_errors=True)
+        return Settled(begun.step, problem)
+
+    def close(self) -> None:
+        """Let go of what was begun and not settled: training ended with an error. Each rank for itself."""
+        if self._begun is not None and isinstance(self._begun.writer, LaterWriter):
+            self._begun.writer.give_up()
+        self._begun = None
+        self._idle()
+
+    def _idle(self) -> None:
+        """Wait until the thread has written and deleted what it was given."""
+        self._thread.submit(int).result()
 
     def _prepare(self, temporary: Path, expected: int) -> str | None:
         """Rank 0 makes the directory and looks for space; what is wrong, on every rank."""
         problem = None
+        self._idle()  # what is deleted makes room
         if distributed.rank() == 0:
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -190,14 +203,13 @@ class Checkpoints:
             if problem is None:
                 try:
                     for directory in sorted({(temporary / name).parent for name in files} | {temporary}):
-                        _sync(directory)
-                    if (
-                        final.exists()
-                    ):  # the same step again, after damage or a rewind: the new one replaces it
+                        sync(directory)
+                    # the same step again, after damage or a rewind: the new one replaces it
+                    if final.exists():
                         final.rename(final.with_suffix(".old.tmp"))
                         shutil.rmtree(final.with_suffix(".old.tmp"))
                     temporary.rename(final)
-                    _sync(self.directory)
+                    sync(self.directory)
                     self._last_bytes = sum(int(facts["bytes"]) for facts in files.values())
                 except OSError as error:
                     problem = str(error)
@@ -205,53 +217,42 @@ class Checkpoints:
 
     def _retain(self) -> None:
         if distributed.rank() == 0:
-            for old in self._complete()[self.keep :]:
+            for old in self._outdated():
                 doomed = old.with_suffix(".tmp")
                 try:
                     old.rename(doomed)  # so that a kill in between leaves no half checkpoint
-                    shutil.rmtree(doomed)
                 except OSError as error:
                     logger.warning("checkpoint %s could not be deleted: %s", old, error)
+                    continue
+                if self.background:
+                    self._thread.submit(_delete, doomed)
+                else:
+                    _delete(doomed)
+
+    def _outdated(self) -> list[Path]:
+        """Older than the newest `keep`, and no milestone."""
+        complete = self._complete()
+        milestones: dict[int, Path] = {}
+        if self.milestone_every_steps is not None:
+            for path in complete:  # from the newest on: the earliest of each stretch stays
+                milestones[_step(path) // self.milestone_every_steps] = path
+            milestones.pop(0, None)
+        return [path for path in complete[self.keep :] if path not in milestones.values()]
 
     def _complete(self) -> list[Path]:
         """Newest first. What has its final name was complete when it got it."""
         return sorted((p for p in self.directory.glob("step_*") if p.suffix != ".tmp"), reverse=True)
 
 
-def _problem(directory: Path) -> list[str]:
-    """What is wrong with this rank's share of a checkpoint's files."""
+def _step(directory: Path) -> int:
+    return int(directory.name.removeprefix("step_"))
+
+
+def _delete(doomed: Path) -> None:
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        files = sorted(manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{MANIFEST}: {error}"] if distributed.rank() == 0 else []
-    found = (
-        [] if POSITION in manifest["files"] or distributed.rank() else [f"{POSITION} is not in {MANIFEST}"]
-    )
-    for name, facts in files[distributed.rank() :: distributed.world_size()]:
-        path = directory / name
-        try:
-            size = path.stat().st_size
-            if size != facts["bytes"]:
-                found.append(f"{name}: {size} bytes, the manifest says {facts['bytes']}")
-            elif _sha256(path) != facts["sha256"]:
-                found.append(f"{name}: its sha256 is not the manifest's")
-        except OSError as error:
-            found.append(f"{name}: {error.strerror}")
-    return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        logger.warning("checkpoint %s could not be deleted: %s", doomed, error)
 
 
 def _mib(count: int) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
-from learning.training.checkpoint import Writer
+from learning.training.checkpoint_files import Writer
 
 
 class FileEngine(CheckpointEngine):

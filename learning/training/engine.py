@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from learning.methods.base import Batch, Method, Terms
 from learning.training import distributed, grad_cache, watchdog
-from learning.training.checkpoint import Writer
+from learning.training.checkpoint_files import Writer
 from learning.training.contrast import ContrastConfig
+from learning.training.elastic import ENGINE, LAYOUT, Layout, load
 from learning.training.ema import Ema, EmaConfig, held_weights, set_weights
-from learning.training.randomness import random_state, set_random_state
 from learning.training.rates import OptimizerConfig, parameter_groups
 
 AVERAGES = "ema.pt"
@@ -188,6 +188,13 @@ class Engine:
             grad_cache.refuse_batch_statistics(method)
         method.contrast = contrast or ContrastConfig()
         groups = parameter_groups(method, optimizer)
+        objective = Objective(method, weights)
+        names = {id(p): name for name, p in objective.named_parameters()}
+        self.layout = Layout(
+            distributed.world_size(),
+            self.stage,
+            [[names[id(p)] for p in group["params"]] for group in groups],
+        )
         adamw = torch.optim.AdamW(
             groups, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps, fused=True
         )
@@ -199,7 +206,7 @@ class Engine:
             verbose=False,
         )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=Objective(method, weights),
+            model=objective,
             optimizer=adamw,
             config=dict(deepspeed_config)
             | {
@@ -316,28 +323,38 @@ class Engine:
 
         self._engine.checkpoint_engine = FileEngine(writer)
         self._engine._copy_recovery_script = lambda path: None  # scripts are no state
-        self._engine.save_checkpoint(str(directory), tag="engine", save_latest=False)
-        own = {
-            "random": random_state(),
-            "statistics": {n: b.clone() for n, b in self._own_statistics().items()},
-        }
+        self._engine.save_checkpoint(str(directory), tag=ENGINE, save_latest=False)
+        own = {"statistics": {n: b.clone() for n, b in self._own_statistics().items()}}
         writer.save(own, directory / f"rank_{distributed.rank()}.pt")
         if self._ema is not None:
             averages = {name: value for name, value in self.full_state().items() if name in self._trained()}
             if distributed.rank() == 0:  # whole and by name: any number of ranks, any stage can read it
-                writer.save({"updates": self._ema.updates, "weights": averages}, directory / AVERAGES)
+                writer.save(
+                    {"updates": self._ema.updates, "weights": averages}, directory / AVERAGES, constant=True
+                )
+        if distributed.rank() == 0:
+            writer.text(self.layout.text(), directory / LAYOUT)
 
     def load(self, directory: Path) -> None:
-        """What `save` wrote, on the same number of ranks; the random state last."""
-        path, _ = self._engine.load_checkpoint(str(directory), tag="engine")
-        if path is None:
-            raise ValueError(f"{directory}: DeepSpeed found no state to load")
-        own = torch.load(directory / f"rank_{distributed.rank()}.pt", weights_only=True, map_location="cpu")
+        """What `save` wrote, on any number of ranks and with any ZeRO stage.
+
+        On the same number of ranks, each gets its own statistics of batch normalisation back; on another,
+        all get their mean.
+        """
+        saved = Layout.read(directory)
+        if saved == self.layout:
+            path, _ = self._engine.load_checkpoint(str(directory), tag=ENGINE)
+            if path is None:
+                raise ValueError(f"{directory}: DeepSpeed found no state to load")
+        else:
+            load(directory, saved, self.layout, self._engine)
+        own = [distributed.rank()] if saved.ranks == self.layout.ranks else range(saved.ranks)
+        files = [directory / f"rank_{rank}.pt" for rank in own]
+        found = [torch.load(path, weights_only=True, map_location="cpu")["statistics"] for path in files]
         for name, buffer in self._own_statistics().items():
-            buffer.copy_(own["statistics"][name])
+            buffer.copy_(torch.stack([each[name].float() for each in found]).mean(0))
         if self._ema is not None:
             self._load_averages(directory / AVERAGES)
-        set_random_state(own["random"])
 
     def state_bytes(self) -> int:
         """About how many bytes a checkpoint of all ranks has: weights, masters and AdamW's two moments."""

@@ -26,11 +26,13 @@ from learning.training.anomalies import (
     too_many,
     weights_are_numbers,
 )
-from learning.training.checkpoint import CheckpointConfig, Checkpoints, Writer
+from learning.training.checkpoint import CheckpointConfig, Checkpoints
+from learning.training.checkpoint_files import Writer
 from learning.training.deadline import Deadline
 from learning.training.engine import Engine, StepResult
 from learning.training.loader import BadSamples, Batches, Failed, Loaded
 from learning.training.prefetch import batches_from
+from learning.training.randomness import seed_step
 from learning.training.schedule import ScheduleConfig, factor
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,6 @@ class Position:
 
     seed: int
     contrastive_batch: int
-    ranks: int
     step: int = 0  # global batches consumed
     updates: int = 0  # optimizer steps applied: fewer than `step` where fp16 skipped some
     best: float | None = None
@@ -120,7 +121,7 @@ def fit(
     `validate(state)` gives metrics (val/…) of the full state, on every rank. A loss that goes wrong rewinds
     to the last checkpoint; where there is none yet StartOver is raised, to be given as `again` with a new
     engine. Raises ValueError for an unreadable corpus, a loss that goes wrong too often, a checkpoint of
-    other ranks or another batch, and when the last checkpoint cannot be written.
+    another batch or seed, and when the last checkpoint cannot be written.
     """
     return _Run(engine, batches, plan, checkpoints, shown, validate).fit(again)
 
@@ -140,24 +141,26 @@ class _Run:
         self.engine, self.batches, self.plan = engine, batches, plan
         self.checkpoints, self.shown, self.validate = checkpoints, shown, validate
         self.steps = plan.epochs * batches.per_epoch
-        self.position = Position(batches.seed, batches.contrastive_batch, distributed.world_size())
+        self.position = Position(batches.seed, batches.contrastive_batch)
         self.bad = BadSamples(int(batches.config.max_bad_share * len(batches.index)))
         self.best_state: dict[str, Tensor] | None = None  # rank 0's
         self.saved_step = 0
         self.watch: LossWatch  # of the losses since the last start or rewind
         self.deadline = Deadline(plan.stop_at, engine.state_bytes())
         self._paused_s = 0.0  # validation and saving after the last step
+        self._save_begun = 0.0
         self._restart_clock()
 
     def fit(self, again: StartOver | None) -> Outcome:
-        self._resume()
-        if again is not None:
-            self._leave_out(again)
-        while True:
-            try:
-                return self._train()
-            except Anomaly as anomaly:
-                self._rewind(anomaly)
+        with closing(self.checkpoints):
+            self._resume()
+            if again is not None:
+                self._leave_out(again)
+            while True:
+                try:
+                    return self._train()
+                except Anomaly as anomaly:
+                    self._rewind(anomaly)
 
     def _train(self) -> Outcome:
         """From the position to the end. Raises Anomaly, on every rank, for a loss that goes wrong."""
@@ -197,6 +200,7 @@ class _Run:
         config, before = self.plan.anomalies, self.position
         stops = config.on_nan == "stop" and not anomaly.is_spike
         if stops or before.rewinds >= config.max_rewinds:
+            self._settle(wait=True)
             raise ValueError(too_many(self.batches, anomaly, config, before.left_out, self.saved_step))
         again = StartOver(anomaly.with_traceback(None), before.rewinds + 1, before.left_out)
         if not self._resume():
@@ -225,12 +229,12 @@ class _Run:
 
     def _resume(self) -> bool:
         """Restore the newest checkpoint; False where there is none."""
+        self._settle(wait=True)
         found = self.checkpoints.newest()
         if found is None:
             return False
         told = {key: found.position.get(key, value) for key, value in vars(self.position).items()}
         for name, here in (
-            ("ranks", self.position.ranks),
             ("contrastive_batch", self.position.contrastive_batch),
             ("seed", self.position.seed),
         ):
@@ -259,6 +263,7 @@ class _Run:
         own = FAIL if failure else STOP if stop else SKIPPED if new else GO
         flag, *loss = distributed.max_over_ranks([own, *self.watch.offer()])
         if flag == FAIL:
+            self._settle(wait=True)
             told = distributed.gather_objects(failure)
             raise ValueError(
                 "; ".join(f"rank {rank}: {message}" for rank, message in enumerate(told) if message)
@@ -283,6 +288,7 @@ class _Run:
         logs = number % self.plan.log_every_steps == 0 or number == self.steps
         rate_factor = factor(self.position.updates, self.steps, self.plan.schedule)
         watchdog.enter("forward and backward")
+        seed_step(self.position.seed, number, distributed.rank())
         result = self.engine.step(loaded.batch, rate_factor, want_norm=logs)
         self.position.step = number
         self.position.updates += result.applied
@@ -335,6 +341,7 @@ class _Run:
         """Validation where due, then a checkpoint where due: the checkpoint knows the validation."""
         step = self.position.step
         begun = time.perf_counter()
+        self._settle(wait=False)
         if self._validates(step):
             self._validate()
         every = self.plan.checkpoint.every_steps or self.batches.per_epoch
@@ -365,7 +372,8 @@ class _Run:
             self.best_state = state if distributed.rank() == 0 else None
 
     def _save(self, last: bool) -> None:
-        """Save. A failure is a warning, and training goes on with the checkpoint before, but for the last."""
+        """Begin to save; `last`, and where the recipe wants no background: and see it committed."""
+        self._settle(wait=True)  # one at a time
         if self.saved_step == self.position.step:
             return
         self._judge()
@@ -373,17 +381,27 @@ class _Run:
         if not weights_are_numbers(self.engine):  # a checkpoint must be good to go back to
             step = self.position.step
             raise Anomaly(step, "its update made weights that are no numbers", (step,))
-        begun = time.perf_counter()
+        self._save_begun = time.perf_counter()
         self.position.bad = dict(self.bad.why)
-        problem = self.checkpoints.save(
+        self.checkpoints.begin(
             self.position.step,
             self.position.as_dict(self.batches.per_epoch),
             self._write,
             self.engine.state_bytes(),
         )
-        self.deadline.took("save", time.perf_counter() - begun)
-        if problem is None:
-            self.saved_step = self.position.step
+        self._settle(wait=last or not self.checkpoints.background, last=last)
+
+    def _settle(self, wait: bool, last: bool = False) -> None:
+        """The outcome of the save that was begun, if it has one by now, or after a wait.
+
+        A failure is a warning, and training goes on with the checkpoint before, but for the last.
+        """
+        settled = self.checkpoints.settle(wait)
+        if settled is None:
+            return
+        self.deadline.took("save", time.perf_counter() - self._save_begun)
+        if settled.problem is None:
+            self.saved_step = settled.step
             return
         kept = (
             f"the checkpoint of step {self.saved_step} stays"
@@ -391,7 +409,7 @@ class _Run:
             else "there is no earlier one"
         )
         where = self.checkpoints.directory
-        message = f"{where}: the checkpoint of step {self.position.step} failed: {problem}; {kept}"
+        message = f"{where}: the checkpoint of step {settled.step} failed: {settled.problem}; {kept}"
         if last:
             raise ValueError(f"{message}; make room and run again: it goes on from there")
         if distributed.rank() == 0:
@@ -400,7 +418,7 @@ class _Run:
     def _write(self, directory: Path, writer: Writer) -> None:
         self.engine.save(directory, writer)
         if distributed.rank() == 0 and self.best_state is not None:
-            writer.save(self.best_state, directory / BEST)
+            writer.save(self.best_state, directory / BEST, constant=True)
 
     def _outcome(self, stopped: bool) -> Outcome:
         state = None

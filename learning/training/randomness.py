@@ -1,4 +1,7 @@
-"""Randomness: by key, so that a sample gets the same choices whoever reads it; and a process's own state."""
+"""Randomness by key: a sample gets the same choices whoever reads it, a step the same after any resume.
+
+And a process's own random state, for what is computed twice within a step.
+"""
 
 import random
 from collections.abc import Mapping
@@ -100,6 +103,18 @@ def _mix(values: np.ndarray) -> np.ndarray:
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed Python's, numpy's and torch's own generators (dropout draws from the last) for a rank's next step.
+
+    So what a step draws is a matter of its number and its rank alone: a checkpoint needs no random state, and
+    another number of ranks has a defined one.
+    """
+    key = stable_hash(seed, "step", step, rank)
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.manual_seed(key)  # of all devices
 
 
 def random_state() -> dict[str, Any]:
