@@ -66,7 +66,7 @@ def backward(
     for number, (part, state) in enumerate(zip(early, before, strict=True)):
         engine.set_gradient_accumulation_boundary(number == len(early) - 1)
         set_random_state(state)
-        share = engine(placed(part), gradients={name: parts[number] for name, parts in gradients.items()})
+        share = engine(placed(part), gradients={name: kept[number] for name, kept in gradients.items()})
         engine.backward(share * loss_scale)
     set_random_state(after)
     return total, losses, report
