@@ -4,8 +4,9 @@
     python -m benchmarks.checkpoint_stall --parameters 5_000_000 --repeats 2
 
 Two CPU ranks over gloo save in turn: a checkpoint that is awaited, one in the background. Stall: the time
-that the loop spends in saving (copying, agreeing, committing) and not in steps. Where no core is free, hashing and
-writing slow the steps as well: the last column counts that in, against steps beside which nothing is written.
+that the loop spends in saving (copying, agreeing, committing) and not in steps. Where no core is free,
+hashing and writing slow the steps as well: the last column counts that in, against steps beside which
+nothing is written.
 """
 
 import argparse
