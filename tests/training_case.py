@@ -355,6 +355,28 @@ def _joined(lines: list[dict[str, Any]]) -> Row:
     return Row(**each, loss=lines[0]["loss"])
 
 
+def _count_writes(path: Path) -> None:
+    """Append to `path`, as each checkpoint is committed, how many writes there were on this rank so far."""
+    from learning.training import checkpoint_files
+    from learning.training.checkpoint import Checkpoints, Settled
+
+    written, wrote, settled = [0], checkpoint_files._Hashing.write, Checkpoints.settle
+
+    def write(self: Any, data: Any) -> int:
+        written[0] += 1
+        return wrote(self, data)
+
+    def settle(self: Checkpoints, wait: bool) -> Settled | None:
+        outcome = settled(self, wait)
+        if outcome is not None:
+            with path.open("a") as file:
+                file.write(f"{written[0]}\n")
+        return outcome
+
+    checkpoint_files._Hashing.write = write  # type: ignore[method-assign]
+    Checkpoints.settle = settle  # type: ignore[method-assign]
+
+
 def main() -> None:
     """One rank."""
     parser = argparse.ArgumentParser()
@@ -366,6 +388,7 @@ def main() -> None:
     parser.add_argument("--kill-rank", type=int, default=0)
     parser.add_argument("--stop-after", type=int)
     parser.add_argument("--ledger", type=int, help="1: keep one, in the directory")
+    parser.add_argument("--count-writes", type=int, help="1: count the writes of checkpoints")
     parser.add_argument("--file-limit", type=int, help="bytes a file may have, from the training on")
     options = parser.parse_args()
     import logging
@@ -378,6 +401,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.ledger:
         _keep_ledger(options.directory / f"ledger_{os.environ['RANK']}.jsonl")
+    if options.count_writes:
+        _count_writes(options.directory / f"writes_{os.environ['RANK']}.txt")
     if options.kill_rank == int(os.environ["RANK"]):
         _kill_at(options.kill_step, options.kill_write)
     if options.file_limit is not None:
