@@ -197,8 +197,7 @@ def too_many(
             f"; anomalies.max_rewinds allows {config.max_rewinds}, and as many are done; left out before: "
             f"{by_reason(left_out)}"
         )
-    return (
-        f"step {anomaly.step}: {anomaly.what}; the samples of step {' and '.join(map(str, steps))}: {shown_keys(keys)}"
-        f"{allowed}; lower optimizer.learning_rate, set gradient_clip, or look at these samples; "
-        f"the last checkpoint: step {saved_step}"
-    )
+    where = f"the samples of step {' and '.join(map(str, steps))}: {shown_keys(keys)}"
+    remedy = "lower optimizer.learning_rate, set gradient_clip, or look at these samples"
+    last = f"the last checkpoint: step {saved_step}"
+    return f"step {anomaly.step}: {anomaly.what}; {where}{allowed}; {remedy}; {last}"
