@@ -113,8 +113,8 @@ def test_a_loss_is_judged_once_and_against_the_last_window() -> None:
     recent: list[float] = []
     watch = LossWatch(AnomalyConfig(spike_factor=3.0, window=5), recent)
 
-    def see(total: float, applied: bool = True) -> None:
-        watch.hold(9, result(total, applied))
+    def see(total: float, applied: bool = True, scales_loss: bool = False) -> None:
+        watch.hold(9, result(total, applied), scales_loss)
         watch.judge(*watch.offer())
         assert not watch.holds
 
@@ -127,10 +127,13 @@ def test_a_loss_is_judged_once_and_against_the_last_window() -> None:
     ):
         see(6.5)
     assert recent == [2.0, 1.0, 2.0, 1.0, 5.5]  # a spike is no measure for others
-    see(math.nan, applied=False)  # skipped by fp16: nothing happened
+    see(math.nan, applied=False, scales_loss=True)  # skipped by fp16: nothing happened
     with pytest.raises(Anomaly, match=r"the loss is no number \(loss/ccl inf\)") as raised:
         see(math.inf)
     assert raised.value.suspects == (8, 9)
+    with pytest.raises(Anomaly, match=r"its gradient is no number \(loss/ccl 2.0\)") as raised:
+        see(2.0, applied=False)  # without a scale there is no other reason to leave a step out
+    assert raised.value.suspects == (9,)
     watch.judge(*watch.offer())  # nothing is held: nothing to judge
 
 
@@ -138,7 +141,7 @@ def test_without_a_factor_no_loss_is_a_spike_and_none_is_kept() -> None:
     recent: list[float] = []
     watch = LossWatch(AnomalyConfig(window=5), recent)
     for loss in [1.0] * 6 + [1e9]:
-        watch.hold(1, result(loss))
+        watch.hold(1, result(loss), False)
         watch.judge(*watch.offer())
     assert recent == []
 
@@ -222,7 +225,8 @@ def test_too_many_rewinds_end_the_training_with_all_samples_named(corpus: Path, 
     with pytest.raises(ValueError) as raised:
         train(corpus, tmp_path, plan)
     message = str(raised.value)
-    assert "the loss is no number (loss/ccl nan); its samples, or the step's before: train00" in message
+    assert "the loss is no number (loss/ccl nan); the samples of step " in message
+    assert ": train00" in message
     assert "anomalies.max_rewinds allows 1, and as many are done; left out before: " in message
     assert key in message
     assert message.endswith("the last checkpoint: step 2")
@@ -292,11 +296,12 @@ def test_weights_that_become_no_numbers_are_never_saved(corpus: Path, tmp_path: 
 
 @pytest.mark.usefixtures("one_process")
 def test_steps_that_fp16_skips_move_no_schedule_and_are_no_anomaly(corpus: Path, tmp_path: Path) -> None:
-    """DeepSpeed has no fp16 on a CPU: the real engine here leaves chosen steps out, and says so."""
+    """DeepSpeed has no fp16 on a CPU: the real engine here says fp16, and leaves chosen steps out."""
     skipped, rates = {2, 3, 6}, []
 
     class Overflowing(Engine):
         calls = 0
+        scales_loss = True
 
         def step(self, batch: Batch, rate_factor: float, want_norm: bool = False) -> StepResult:
             self.calls += 1

@@ -69,9 +69,12 @@ class LossWatch:
         self.config, self.recent = config, recent
         self._held: tuple[int, StepResult] | None = None
 
-    def hold(self, step: int, result: StepResult) -> None:
-        """To be looked at. A step that was not applied (fp16's overflow) has changed nothing: it may pass."""
-        self._held = (step, result) if result.applied else None
+    def hold(self, step: int, result: StepResult, scales_loss: bool) -> None:
+        """To be looked at. Where the loss is scaled (fp16) a step may be left out: the scale was too large.
+
+        Elsewhere DeepSpeed leaves a step out, under ZeRO 1 to 3, when a gradient is no number.
+        """
+        self._held = None if scales_loss and not result.applied else (step, result)
 
     @property
     def holds(self) -> bool:
@@ -79,11 +82,12 @@ class LossWatch:
         return self._held is not None
 
     def offer(self) -> tuple[float, float]:
-        """This rank's (1 if the loss is no number else 0, the loss): their largest over ranks are judged."""
+        """This rank's (1 if loss or gradient are no numbers else 0, the loss): their largest are judged."""
         if self._held is None:
             return 0.0, -math.inf
-        loss = float(self._held[1].total)
-        return (0.0, loss) if math.isfinite(loss) else (1.0, -math.inf)
+        result = self._held[1]
+        loss = float(result.total)
+        return (0.0, loss) if math.isfinite(loss) and result.applied else (1.0, -math.inf)
 
     def judge(self, is_bad: float, loss: float) -> None:
         """Raises Anomaly where the largest `offer` over ranks is not as it should be."""
@@ -93,8 +97,10 @@ class LossWatch:
         if is_bad:
             terms = ", ".join(f"loss/{name} {float(value)}" for name, value in sorted(result.losses.items()))
             told = distributed.gather_objects(None if math.isfinite(float(result.total)) else terms)
-            what = f"the loss is no number ({next(text for text in told if text is not None)})"
-            raise Anomaly(step, what, (step - 1, step))  # the update of the step before may have broken it
+            bad = [text for text in told if text is not None]
+            what = f"the loss is no number ({bad[0]})" if bad else f"its gradient is no number ({terms})"
+            # an update that was applied in the step before may have broken the weights
+            raise Anomaly(step, what, (step - 1, step) if result.applied else (step,))
         if self.config.spike_factor is None:
             return
         if len(self.recent) >= self.config.window:
@@ -179,7 +185,8 @@ def too_many(
     batches: Batches, anomaly: Anomaly, config: AnomalyConfig, left_out: Mapping[str, str], saved_step: int
 ) -> str:
     """What to tell the user when the run ends at an anomaly. All ranks together."""
-    own = [key for step in anomaly.suspects if step > saved_step for key in batches.keys(step - 1)]
+    steps = [step for step in anomaly.suspects if step > saved_step]
+    own = [key for step in steps for key in batches.keys(step - 1)]
     keys = [key for each in distributed.gather_objects(own) for key in each]
     allowed = ""
     if left_out:
@@ -187,8 +194,7 @@ def too_many(
             f"; anomalies.max_rewinds allows {config.max_rewinds}, and as many are done; left out before: "
             f"{by_reason(left_out)}"
         )
-    return (
-        f"step {anomaly.step}: {anomaly.what}; its samples, or the step's before: {shown_keys(keys)}"
-        f"{allowed}; lower optimizer.learning_rate, set gradient_clip, or look at these samples; "
-        f"the last checkpoint: step {saved_step}"
-    )
+    where = f"the samples of step {' and '.join(map(str, steps))}: {shown_keys(keys)}"
+    remedy = "lower optimizer.learning_rate, set gradient_clip, or look at these samples"
+    last = f"the last checkpoint: step {saved_step}"
+    return f"step {anomaly.step}: {anomaly.what}; {where}{allowed}; {remedy}; {last}"

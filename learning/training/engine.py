@@ -240,6 +240,11 @@ class Engine:
         """The method whose parameters DeepSpeed holds: in its dtype, and partitioned under ZeRO-3."""
         return self._engine.module.method
 
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a step may be left out only because the loss scale was too large."""
+        return self.dtype == torch.float16
+
     def step(self, batch: Batch, rate_factor: float, want_norm: bool = False) -> StepResult:
         """Forward, backward, and one optimizer step with each part's learning rate times `rate_factor`."""
         for group in self._optimizer.param_groups:

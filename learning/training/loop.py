@@ -293,7 +293,7 @@ class _Run:
         self.position.step = number
         self.position.updates += result.applied
         self._unlogged += 1
-        self.watch.hold(number, result)
+        self.watch.hold(number, result, self.engine.scales_loss)
         if logs:
             self._judge()
             self._log(result)
