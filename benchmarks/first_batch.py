@@ -3,8 +3,8 @@
 python -m benchmarks.first_batch [--samples 1000000]
 
 The index has a million rows; ten small shards stand for all, as each of their samples has many rows. Beside
-it webdataset, which reads and throws away what came before: measured for a shorter way, as its time grows with
-it.
+it webdataset, which reads and throws away what came before: measured for a shorter way, as its time grows
+with it.
 """
 
 import argparse

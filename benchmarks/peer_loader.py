@@ -4,9 +4,9 @@ python -m benchmarks.peer_loader --peer-python PEER/bin/python [--photos FOLDER_
 
 Both sides read the same tar shards in one process and one thread, in turns; CPU seconds count, so that what
 else the machine does matters little. open_clip's side is its own training pipeline (webdataset, random crop
-of 0.9-1 of the area, bicubic, tokenizer). Tandem's plain view is the whole picture, bilinear; its augmented one
-COOKIE's: random crop of 0.6-1 a side, flip, noise, colour jitter, grey: more work than open_clip does. The
-third line is its crop and flip alone: what open_clip does, of crops that may be smaller.
+of 0.9-1 of the area, bicubic, tokenizer). Tandem's plain view is the whole picture, bilinear; its augmented
+one COOKIE's: random crop of 0.6-1 a side, flip, noise, colour jitter, grey: more work than open_clip does.
+The third line is its crop and flip alone: what open_clip does, of crops that may be smaller.
 """
 
 import argparse
