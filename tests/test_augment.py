@@ -94,7 +94,9 @@ def test_the_one_pass_equals_the_papers_order_step_by_step(seed: int) -> None:
     if values[5] < 0.5:
         h, w = round((0.6 + 0.4 * values[0]) * 30), round((0.6 + 0.4 * values[1]) * 23)
         noise = torch.randn(3, h, w, generator=stream)
-    torch.testing.assert_close(ours, in_order(pixels, 16, values, noise).float(), atol=2e-5, rtol=0)
+    # without noise whole numbers are resized, rounded twice, and jitter may make three times as much of it
+    atol = 2e-5 if noise is not None else 3 / 255
+    torch.testing.assert_close(ours, in_order(pixels, 16, values, noise).float(), atol=atol, rtol=0)
 
 
 def test_without_a_draw_the_augmented_picture_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:

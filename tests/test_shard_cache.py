@@ -253,7 +253,8 @@ def test_fetch_ahead_has_the_shard_before_it_is_read(server: RangeServer, tmp_pa
     index.fetch_ahead([0, len(index) - 1])
     wanted = [index.shards[0], index.shards[-1]]
     deadline = time.monotonic() + 20
-    while cached(tmp_path) < sum(index._files._known[shard][0] for shard in wanted):  # type: ignore[attr-defined]
+    expected = sum(index._files._known[shard][0] for shard in wanted)  # type: ignore[attr-defined]
+    while not all(server.asked(shard) for shard in wanted) or cached(tmp_path) < expected:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     asked = len(server.requests)

@@ -80,12 +80,14 @@ class ImageTransform:
         # and after it. Noise is of the picture as decoded: of a JPEG at the scale of the view.
         draws = torch.rand(12, generator=generator).tolist()
         height, width = (math.ceil(self.image_px / _share(draw)) for draw in draws[:2])
-        pixels = _flipped(_cropped(_pixels(picture, width, height), draws[:4]), draws[4]).float() / 255
+        pixels = _flipped(_cropped(_pixels(picture, width, height), draws[:4]), draws[4])
+        white = 255.0
         if draws[5] < NOISE:
-            pixels = torch.randn(pixels.shape, generator=generator).mul_(NOISE_STD).add_(pixels)
-        matrix, offset = _colours(pixels.mean(dim=(1, 2)), draws[6:])
-        small = _resized(pixels, self.image_px).flatten(1)
-        small = torch.addmm(offset[:, None], matrix, small).clamp_(0, 1)
+            noise = torch.randn(pixels.shape, generator=generator).mul_(NOISE_STD)
+            pixels, white = noise.add_(pixels, alpha=1 / 255), 1.0
+        matrix, offset = _colours(pixels.mean(dim=(1, 2), dtype=torch.float32) / white, draws[6:])
+        small = _resized(pixels, self.image_px).flatten(1).float()  # whole numbers are resized faster
+        small = torch.addmm(offset[:, None], matrix / white, small).clamp_(0, 1)
         return torch.addcmul(self._shift, small.view(3, self.image_px, self.image_px), self._scale)
 
 

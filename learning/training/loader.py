@@ -172,7 +172,7 @@ class Batches:
         self.contrastive_batch, self.rank, self.world_size = contrastive_batch, rank, world_size
         self.per_epoch = steps_per_epoch(len(index), contrastive_batch)
         self.left_out: frozenset[str] = frozenset()  # keys that are replaced as bad samples are, uncounted
-        self._shard_sizes = np.unique(index.shard_of, return_counts=True)[1]  # samples stand shard by shard
+        self._shard_sizes = np.bincount(index.shard_of)  # samples stand shard by shard
         self._vocabulary_size = tokenizer.vocabulary_size  # once: it is counted anew each time
         self._pictures: dict[int, Tensor] = {}
         self._texts: dict[int, list[list[str]]] = {}
