@@ -206,8 +206,8 @@ class _Training:
         if each is not None and ranks * each != self.config.contrastive_batch:
             raise ValueError(
                 f"contrastive_batch: {self.config.contrastive_batch} is not {ranks} ranks × batch_per_gpu "
-                f"{each}; gradient accumulation adds no negatives, so it is not done: change one of the three,"
-                " or take batch_per_gpu out and set micro_batch, which holds fewer samples at a time"
+                f"{each}; gradient accumulation adds no negatives, so it is not done: change one of the "
+                "three, or set micro_batch in place of batch_per_gpu to hold fewer samples at a time"
             )
 
     def _tokenizer(self) -> Tokenizer:
