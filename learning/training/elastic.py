@@ -205,7 +205,7 @@ def load(directory: Path, layout: Layout, here: Layout, engine: Any) -> None:
     if here.zero_stage == 3:
         optimizer.checkpoint_event_prologue()  # no parameter stays gathered with old values
     _load_others(saved, engine.module, here)
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    names: dict[nn.Parameter, str] = {parameter: name for name, parameter in engine.module.named_parameters()}
     base = engine.basic_optimizer
     if here.zero_stage == 0:
         _load_whole(saved, optimizer, base, names)
@@ -235,10 +235,11 @@ def _load_others(saved: Saved, module: nn.Module, here: Layout) -> None:
             parameter.data.copy_(others[name])
             continue
         _, first, end = stretch(others[name].numel(), distributed.rank(), here.ranks)
-        parameter.ds_tensor.data.view(-1)[: end - first].copy_(others[name].flatten()[first:end])
+        held: Any = parameter  # with what ZeRO-3 adds
+        held.ds_tensor.data.view(-1)[: end - first].copy_(others[name].flatten()[first:end])
 
 
-def _load_whole(saved: Saved, optimizer: Any, base: Any, names: dict[Tensor, str]) -> None:
+def _load_whole(saved: Saved, optimizer: Any, base: Any, names: dict[nn.Parameter, str]) -> None:
     """ZeRO-0."""
     groups = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in base.param_groups]
     masters = getattr(optimizer, "fp32_groups", groups)
@@ -250,7 +251,7 @@ def _load_whole(saved: Saved, optimizer: Any, base: Any, names: dict[Tensor, str
             parameter.data.copy_(master.data)
 
 
-def _load_by_group(saved: Saved, optimizer: Any, base: Any, names: dict[Tensor, str]) -> None:
+def _load_by_group(saved: Saved, optimizer: Any, base: Any, names: dict[nn.Parameter, str]) -> None:
     """ZeRO-1 and 2."""
     for group, master in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
         state = _state(base, master, saved.step)
@@ -266,7 +267,7 @@ def _load_by_group(saved: Saved, optimizer: Any, base: Any, names: dict[Tensor, 
     optimizer.update_lp_params()
 
 
-def _load_by_parameter(saved: Saved, optimizer: Any, base: Any, names: dict[Tensor, str]) -> None:
+def _load_by_parameter(saved: Saved, optimizer: Any, base: Any, names: dict[nn.Parameter, str]) -> None:
     """ZeRO-3."""
     groups = zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True)
     for place, (group, master) in enumerate(groups):
