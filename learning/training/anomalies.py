@@ -194,7 +194,8 @@ def too_many(
             f"; anomalies.max_rewinds allows {config.max_rewinds}, and as many are done; left out before: "
             f"{by_reason(left_out)}"
         )
-    where = f"the samples of step {' and '.join(map(str, steps))}: {shown_keys(keys)}"
+    numbers = f"step{'s' if len(steps) > 1 else ''} {' and '.join(map(str, steps))}"
+    where = f"the samples of {numbers}: {shown_keys(keys)}"
     remedy = "lower optimizer.learning_rate, set gradient_clip, or look at these samples"
     last = f"the last checkpoint: step {saved_step}"
     return f"step {anomaly.step}: {anomaly.what}; {where}{allowed}; {remedy}; {last}"
