@@ -48,7 +48,8 @@ def write_photos(out: Path, count: int, photos: Path | None, short_side: int = 6
     out.mkdir(parents=True)
     source = _generated() if photos is None else _of_tars(photos)
     pictures = [_jpeg(picture, short_side) for picture, _ in zip(source, range(count), strict=False)]
-    writer = _CaptionedShards(out, sum(map(len, pictures)) // shards, ["train"], [])
+    shard_bytes = sum(map(len, pictures)) * count // (len(pictures) * shards)
+    writer = _CaptionedShards(out, shard_bytes, ["train"], [])
     random = np.random.default_rng(0)
     for number in range(count):
         data = pictures[number % len(pictures)]

@@ -270,6 +270,14 @@ def test_worker_processes_give_the_same(corpus: Path, tokenizer: Tokenizer, work
         assert_equal(a, b)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs a GPU")
+def test_batches_for_a_gpu_are_in_pinned_memory(corpus: Path, tokenizer: Tokenizer) -> None:
+    (made,) = batches_from(batches(corpus, tokenizer), 0, 1)
+    assert isinstance(made, Loaded)
+    assert all(image.is_pinned() for image in made.batch.images.values())
+    assert all(text.ids.is_pinned() and text.mask.is_pinned() for text in made.batch.texts.values())
+
+
 @pytest.mark.slow
 def test_every_worker_process_makes_rows_of_each_batch(
     corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch

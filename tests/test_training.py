@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import learning
 from learning import methods, model_files
+from learning.training.loader import Batches
 from stages.base import StageError
 from stages.finetune import Config as FinetuneConfig
 from stages.pretrain import Config, run
@@ -214,6 +216,38 @@ def test_another_batch_is_refused_with_the_remedy(tmp_path: Path) -> None:
     other = config_values(**ONE | {"contrastive_batch": 4})
     with pytest.raises(StageError, match=r"contrastive_batch = 8, this run has 4; start it with 8 again, or"):
         run(Config(**other), make_job(tmp_path / "a", corpus))
+
+
+@pytest.mark.slow
+def test_bad_pictures_are_counted_over_all_ranks(tmp_path: Path) -> None:
+    """Six bad ones of 24, five allowed: in one epoch neither of two ranks meets more than five alone."""
+    corpus = write_corpus(tmp_path / "shard/out", {"train": 24}, dict.fromkeys((1, 4, 9, 12, 17, 20), b""))
+    values = config_values(**ONE | {"epochs": 1, "data": {"max_bad_share": 5 / 24}})
+    assert start_ranks(tmp_path / "a", corpus, values) == [2, 2], logs(tmp_path / "a")
+    told = [path.read_text() for path in sorted((tmp_path / "a").glob("test_rank*.log"))]
+    alone = [text.count("skipped a sample") for text in told]
+    assert sum(alone) == 6 and max(alone) <= 5, alone
+    assert all("6 bad samples, data.max_bad_share allows 5" in text for text in told)
+
+
+def test_the_share_of_time_spent_waiting_for_data_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_corpus(tmp_path / "shard/out", {"train": 24})
+    rows = Batches.rows
+
+    def slow_rows(self: Batches, step: int, part: int, parts: int) -> Any:
+        time.sleep(0.0 if step < 4 else 1.5)
+        return rows(self, step, part, parts)
+
+    monkeypatch.setattr(Batches, "rows", slow_rows)
+    job = make_job(tmp_path / "a", corpus)
+    run(Config(**config_values(**ONE | {"epochs": 2})), job)
+    tracker: Any = job.tracker
+    shares = {step: row["train/data_wait_share"] for step, row in tracker.rows if "loss/total" in row}
+    assert list(shares) == [1, 2, 3, 4, 5, 6]
+    assert all(0 <= share <= 1 for share in shares.values())
+    assert shares[6] > 0.4  # the last batches take seconds, the steps do not
 
 
 def test_a_corrupt_shard_stops_before_training(tmp_path: Path) -> None:
