@@ -76,7 +76,8 @@ class TrainingConfig(StageConfig):
         default=None, description="average the weights, for validation and for out/; null: off"
     )
     activation_checkpointing: bool = Field(
-        default=False, description="compute each block again in backward: the same bits, less memory, more time"
+        default=False,
+        description="compute each block again in backward: the same bits, less memory, more time",
     )
     compile: bool = Field(
         default=False, description="torch.compile the blocks of towers and fusion; not under ZeRO-3"

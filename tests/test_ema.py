@@ -44,7 +44,9 @@ def test_the_exchange_loses_nothing() -> None:
 def make(config: dict[str, Any], world_size: int = 1, ema: EmaConfig | None = EMA) -> Engine:
     torch.manual_seed(0)
     each = 8 // world_size
-    return Engine(TinyMethod(), {"ccl": 1.0}, OPTIMIZER, config, batch_per_gpu=each, gradient_clip=0.5, ema=ema)
+    return Engine(
+        TinyMethod(), {"ccl": 1.0}, OPTIMIZER, config, batch_per_gpu=each, gradient_clip=0.5, ema=ema
+    )
 
 
 def follow(rank: int, world_size: int, name: str) -> None:
@@ -65,7 +67,7 @@ def follow(rank: int, world_size: int, name: str) -> None:
 
 
 def resume(rank: int, world_size: int, name: str, elsewhere: str, folder: str) -> None:
-    """4 steps, saved, loaded by a new engine, 4 more: the bits of 8 steps; and another ZeRO stage reads them."""
+    """4 steps, saved, loaded by a new engine, 4 more: the bits of 8. Another ZeRO stage reads them too."""
     config = read_deepspeed_config(CONFIGS / f"{name}.json")
     directory = Path(folder) / name
 

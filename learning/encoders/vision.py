@@ -108,7 +108,9 @@ class VisionEncoder(Layered):
         """The modules that timm calls blocks: a ViT's layers, a ResNet's bottlenecks."""
         matcher = self._matcher()
         named = (matcher.get("blocks") or ()) if isinstance(matcher, dict) else ()
-        patterns = [named] if isinstance(named, str) else [pattern for pattern, order in named if order is None]
+        patterns = (
+            [named] if isinstance(named, str) else [pattern for pattern, order in named if order is None]
+        )
         found = [
             module
             for name, module in self.backbone.named_modules()
@@ -116,8 +118,8 @@ class VisionEncoder(Layered):
         ]
         if not found:
             raise ValueError(
-                f"model.vision.name: timm tells no blocks of {self.config.name}; leave activation_checkpointing "
-                "and compile off, or choose another backbone"
+                f"model.vision.name: timm tells no blocks of {self.config.name}; leave "
+                "activation_checkpointing and compile off, or choose another backbone"
             )
         return found
 
@@ -129,8 +131,8 @@ class VisionEncoder(Layered):
     def _matcher(self) -> Any:
         if not hasattr(self.backbone, "group_matcher"):
             raise ValueError(
-                f"model.vision.name: timm tells no layers of {self.config.name}; leave optimizer.layer_decay, "
-                "activation_checkpointing and compile off, or choose another backbone"
+                f"model.vision.name: timm tells no layers of {self.config.name}; leave "
+                "optimizer.layer_decay, activation_checkpointing and compile off, or choose another backbone"
             )
         return self.backbone.group_matcher(coarse=False)
 

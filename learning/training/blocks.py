@@ -46,7 +46,9 @@ class _Recomputed:
         plain = partial(type(block).forward, block)
         if not (block.training and torch.is_grad_enabled()):
             return plain(*args, **kwargs)
-        if torch.compiler.is_compiling():  # the graph has each write to a buffer once, however often it is read
+        if (
+            torch.compiler.is_compiling()
+        ):  # the graph has each write to a buffer once, however often it is read
             return checkpoint(plain, *args, use_reentrant=False, **kwargs)
         return checkpoint(plain, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
 
@@ -62,7 +64,9 @@ def compile_blocks(method: nn.Module, zero_stage: int = 0) -> int:
     the plain way. Raises ValueError under ZeRO-3, and where there is no compiler.
     """
     if zero_stage == 3:  # its hooks gather and release weights around each module, which breaks every graph
-        raise ValueError("compile: does not go with ZeRO-3; choose a config of ds_configs/ up to zero2, or false")
+        raise ValueError(
+            "compile: does not go with ZeRO-3; choose a config of ds_configs/ up to zero2, or false"
+        )
     if not torch.cuda.is_available() and shutil.which("g++") is None:
         raise ValueError("compile: there is no g++, which torch.compile needs on a CPU; install it, or false")
     blocks = blocks_of(method)

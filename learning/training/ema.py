@@ -75,7 +75,9 @@ def held_weights(optimizer: Any, method: nn.Module, stage: int, dtype: torch.dty
 
 
 @torch.no_grad()
-def set_weights(optimizer: Any, method: nn.Module, stage: int, dtype: torch.dtype, whole: dict[int, Tensor]) -> None:
+def set_weights(
+    optimizer: Any, method: nn.Module, stage: int, dtype: torch.dtype, whole: dict[int, Tensor]
+) -> None:
     """Write whole parameters, by their id, where `held_weights` has them; each rank its own part."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 

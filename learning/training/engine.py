@@ -304,7 +304,9 @@ class Engine:
     def _load_averages(self, path: Path) -> None:
         assert self._ema is not None
         if not path.is_file():
-            raise ValueError(f"{path}: missing: the checkpoint was written without `ema`; train without it too")
+            raise ValueError(
+                f"{path}: missing: the checkpoint was written without `ema`; train without it too"
+            )
         found = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         whole = {id(p): found["weights"][name].to(self.device) for name, p in self._trained().items()}
         with self._ema.exchanged():
