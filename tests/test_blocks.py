@@ -1,6 +1,8 @@
 """Blocks recomputed in backward, and compiled blocks: the numbers of the plain way, and less memory."""
 
 import copy
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from learning.encoders.vision import VisionConfig, VisionEncoder
 from learning.methods.base import Method
-from learning.training.blocks import blocks_of, recompute_blocks
+from learning.training.blocks import blocks_of, compile_blocks, recompute_blocks
 from learning.training.engine import Engine, read_deepspeed_config
 from learning.training.footprint import LiveBytes
 from learning.training.rates import OptimizerConfig
@@ -119,6 +121,27 @@ def test_a_backbone_without_blocks_is_refused() -> None:
         tower = VisionEncoder(VisionConfig(name="cait_xxs24_224", image_px=224))
     with pytest.raises(ValueError, match=r"model.vision.name: timm tells no blocks of cait_xxs24_224; leave"):
         blocks_of(tower)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_compiled_and_recomputed_blocks_follow_the_plain_ones(tmp_path: Path, monkeypatch: Any) -> None:
+    """Losses, gradients and statistics of two batches, without dropout; the names of the state stay."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    plain, compiled = (cookie(dropout=0.0) for _ in range(2))
+    recompute_blocks(compiled)
+    assert compile_blocks(compiled) == 4 + 2 + 1 + 2
+    expected, told = gradients(plain, steps=2), gradients(compiled, steps=2)
+    assert told[0] == pytest.approx(expected[0], rel=1e-9)
+    for ours, theirs in zip(told[1:], expected[1:], strict=True):
+        assert list(ours) == list(theirs)
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_compiling_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"compile: does not go with ZeRO-3"):
+        compile_blocks(cookie(), zero_stage=3)
 
 
 def trained(name: str, rank: int, recomputed: bool) -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ def follow(rank: int, world_size: int, name: str) -> None:
 
 
 def resume(rank: int, world_size: int, name: str, elsewhere: str, folder: str) -> None:
-    """4 steps, saved, loaded by a new engine, 4 more: the bits of 8 steps; and another ZeRO stage reads them."""
+    """4 steps, saved, loaded by a new engine, 4 more: the bits of 8. Another ZeRO stage reads them too."""
     config = read_deepspeed_config(CONFIGS / f"{name}.json")
     directory = Path(folder) / name
 

@@ -95,7 +95,7 @@ def test_a_decay_of_1_leaves_every_rate() -> None:
     ("method", "decay", "message"),
     [
         (clip("test_vit"), {"visoin": 0.5}, "layer_decay: visoin is no trainable part .* vision, text"),
-        (clip("test_vit"), {"fusion": 0.5}, "fusion is not one encoder of layers .* those that are: vision, text"),
+        (clip("test_vit"), {"fusion": 0.5}, "fusion is not one encoder of layers .* are: vision, text"),
         (TinyMethod(), {"text": 0.5}, "text is not one encoder of layers in order; those that are: none"),
     ],
 )  # fmt: skip

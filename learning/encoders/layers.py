@@ -1,4 +1,4 @@
-"""What an encoder says of its layers: their order, for rates by depth, and the blocks that a tensor goes through."""
+"""What an encoder says of its layers: each parameter's depth, for its rate, and the blocks that repeat."""
 
 from abc import ABC, abstractmethod
 

@@ -127,8 +127,8 @@ class VisionEncoder(Layered):
         ]
         if not found:
             raise ValueError(
-                f"model.vision.name: timm tells no blocks of {self.config.name}; leave activation_checkpointing "
-                "and compile off, or choose another backbone"
+                f"model.vision.name: timm tells no blocks of {self.config.name}; leave "
+                "activation_checkpointing and compile off, or choose another backbone"
             )
         return found
 
@@ -140,8 +140,8 @@ class VisionEncoder(Layered):
     def _matcher(self) -> Any:
         if not hasattr(self.backbone, "group_matcher"):
             raise ValueError(
-                f"model.vision.name: timm tells no layers of {self.config.name}; leave optimizer.layer_decay, "
-                "activation_checkpointing and compile off, or choose another backbone"
+                f"model.vision.name: timm tells no layers of {self.config.name}; leave "
+                "optimizer.layer_decay, activation_checkpointing and compile off, or choose another backbone"
             )
         return self.backbone.group_matcher(coarse=False)
 

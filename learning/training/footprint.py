@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,6 +34,8 @@ class LiveBytes(TorchDispatchMode):
         return made
 
     def _add(self, tensor: Tensor) -> None:
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         if storage._cdata not in self._storages:
             self._storages[storage._cdata] = storage.nbytes()
@@ -68,9 +70,9 @@ def footprint(
     vocabulary_size: int,
     recomputed: bool = False,
 ) -> Footprint:
-    """Run forward and backward on tensors without content: `batch` samples of one rank, every text at full length.
+    """Run forward and backward on tensors without content: `batch` samples of a rank, texts at full length.
 
-    model_config: the recipe's `model` section. Left out: the other ranks' features, workspaces of the kernels.
+    model_config: the recipe's `model` section. Left out: other ranks' features, workspaces of the kernels.
     """
     values = without_weights(model_config)
     with torch.device("meta"):
@@ -79,22 +81,30 @@ def footprint(
         recompute_blocks(method)
     live, flops = LiveBytes(), FlopCounterMode(display=False)
     with FakeTensorMode():
-        state = {name: _empty(value, dtype) for name, value in method.named_parameters()}
-        state |= {name: _empty(value, dtype) for name, value in method.named_buffers()}
-        for value in state.values():
-            if value.requires_grad:
-                value.register_post_accumulate_grad_hook(_drop_gradient)
+        _fill(method, dtype)
+        for parameter in method.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
         given = _batch(method, values, batch, dtype)
         with live:
             with flops:
-                terms = torch.func.functional_call(method, state, (given,))
+                terms = method(given)
             torch.stack([loss.float() for loss in terms.losses.values()]).sum().backward()
     return Footprint(flops.get_total_flops(), live.peak)
 
 
-def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
-    made = torch.empty(like.shape, dtype=dtype if like.is_floating_point() else like.dtype)
-    return made.requires_grad_(like.requires_grad)
+def _fill(method: nn.Module, dtype: torch.dtype) -> None:
+    """Tensors of the current mode in place of the parameters and buffers; what was shared stays shared."""
+    made: dict[int, Tensor] = {}
+    for module in method.modules():
+        for own in (module._parameters, module._buffers):
+            for name, old in own.items():
+                if old is not None:
+                    if id(old) not in made:
+                        new = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype)
+                        trained = isinstance(old, nn.Parameter)
+                        made[id(old)] = nn.Parameter(new, old.requires_grad) if trained else new
+                    own[name] = made[id(old)]
 
 
 def _drop_gradient(parameter: Tensor) -> None:
