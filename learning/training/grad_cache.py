@@ -62,7 +62,10 @@ def backward(
     engine.backward(total * loss_scale)
     after = random_state()
     rows = [len(part) for part in early]
-    gradients = {name: leaf.grad.div(gradient_scale).split(rows) for name, leaf in leaves.items()}
+    gradients = {}
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None, f"no loss reads the view {name}"
+        gradients[name] = leaf.grad.div(gradient_scale).split(rows)
     for number, (part, state) in enumerate(zip(early, before, strict=True)):
         engine.set_gradient_accumulation_boundary(number == len(early) - 1)
         set_random_state(state)
