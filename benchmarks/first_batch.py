@@ -37,9 +37,9 @@ def long_index(corpus: Path, samples: int) -> ShardIndex:
     return ShardIndex(DirectoryFiles(corpus), repeated.sort_by([("shard", "ascending")]))
 
 
-def first_batch_s(index: ShardIndex, tokenizer: Tokenizer, batch: int, place: float) -> float:
-    """Seconds from an open index to the batch at `place` of the first epoch."""
-    began = time.perf_counter()
+def first_batch_s(index: ShardIndex, tokenizer: Tokenizer, batch: int, place: float) -> tuple[float, float]:
+    """Wall and CPU seconds from an open index to the batch at `place` of the first epoch."""
+    began, cpu = time.perf_counter(), time.process_time()
     batches = Batches(
         index,
         tokenizer,
@@ -55,7 +55,7 @@ def first_batch_s(index: ShardIndex, tokenizer: Tokenizer, batch: int, place: fl
     start = int(place * batches.per_epoch)
     made = next(batches_from(batches, start, start + 1))
     assert isinstance(made, Loaded) and len(made.batch.keys) == batch
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu
 
 
 def webdataset_s(corpus: Path, skipped: int, batch: int) -> float:
@@ -84,13 +84,13 @@ def main() -> None:
         index = long_index(corpus, options.samples)
         print(f"{len(index):,} rows; opening the index {time.perf_counter() - began:.1f} s, at any place")
         first_batch_s(index, tokenizer, options.batch, 0.5)  # warm
-        times: dict[float, list[float]] = {0.0: [], 0.9: []}
+        times: dict[float, list[tuple[float, float]]] = {0.0: [], 0.9: []}
         for _ in range(options.rounds):
             for place, found in times.items():
                 found.append(first_batch_s(index, tokenizer, options.batch, place))
-        at = {place: statistics.median(found) for place, found in times.items()}
-        print(f"Tandem: first batch at  0 % {at[0.0]:.3f} s")
-        print(f"        first batch at 90 % {at[0.9]:.3f} s: {at[0.9] / at[0.0]:.2f} x")
+        for column, what in enumerate(("seconds", "CPU seconds")):
+            first, late = (statistics.median(row[column] for row in found) for found in times.values())
+            print(f"Tandem: first batch at 0 % {first:.3f}, at 90 % {late:.3f} {what}: {late / first:.2f} x")
         near, far = (webdataset_s(corpus, skipped, options.batch) for skipped in (0, options.skipped))
         whole = near + (far - near) * 0.9 * options.samples / options.skipped
         print(f"webdataset: first batch {near:.3f} s, after {options.skipped:,} samples {far:.2f} s;")
