@@ -332,7 +332,8 @@ class Engine:
         own = {"statistics": {n: b.clone() for n, b in self._own_statistics().items()}}
         writer.save(own, directory / f"rank_{distributed.rank()}.pt")
         if self._ema is not None:
-            averages = {name: value for name, value in self.full_state().items() if name in self._trained()}
+            state = self.full_state()
+            averages = {name: state[name] for name in self._trained()}
             if distributed.rank() == 0:  # whole and by name: any number of ranks, any stage can read it
                 writer.save(
                     {"updates": self._ema.updates, "weights": averages}, directory / AVERAGES, constant=True

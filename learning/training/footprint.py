@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from learning import methods
-from learning.methods.base import Batch, Texts
+from learning.methods.base import Batch, Method, Texts
 from learning.model_files import without_weights
 from learning.training.blocks import recompute_blocks
 
@@ -111,7 +111,7 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _batch(method: methods.Method, values: Mapping[str, Any], samples: int, dtype: torch.dtype) -> Batch:
+def _batch(method: Method, values: Mapping[str, Any], samples: int, dtype: torch.dtype) -> Batch:
     config: Any = methods.parse_config(dict(values))  # every method's Config has `vision` and `text`
     side, length = config.vision.image_px, config.text.max_length
     views = method.views()
