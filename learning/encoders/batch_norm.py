@@ -63,9 +63,12 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     def _remember(self, mean_c: Tensor, variance_c: Tensor, count: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        counter, rate = self.num_batches_tracked, self.momentum
+        if counter is not None:
+            counter.add_(1)
+        if rate is None:
+            assert counter is not None
+            rate = 1.0 / float(counter)
         unbiased_c = variance_c * (count / (count - 1))
         self.running_mean.lerp_(mean_c.to(self.running_mean.dtype), rate)
         self.running_var.lerp_(unbiased_c.to(self.running_var.dtype), rate)

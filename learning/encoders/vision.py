@@ -138,12 +138,13 @@ class VisionEncoder(Layered):
         return {f"backbone.{name}": layer for name, layer in layers.items()}
 
     def _matcher(self) -> Any:
-        if not hasattr(self.backbone, "group_matcher"):
+        backbone: Any = self.backbone
+        if not hasattr(backbone, "group_matcher"):
             raise ValueError(
                 f"model.vision.name: timm tells no layers of {self.config.name}; leave "
                 "optimizer.layer_decay, activation_checkpointing and compile off, or choose another backbone"
             )
-        return self.backbone.group_matcher(coarse=False)
+        return backbone.group_matcher(coarse=False)
 
     def _frozen_parts(self) -> list[nn.Module]:
         modules = dict(self.backbone.named_modules())

@@ -81,7 +81,7 @@ def set_weights(
     """Write whole parameters, by their id, where `held_weights` has them; each rank its own part."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-    trained = [p for p in method.parameters() if p.requires_grad]
+    trained: list[Any] = [p for p in method.parameters() if p.requires_grad]
     if stage == 0:
         held = held_weights(optimizer, method, stage, dtype)
         if dtype != torch.float32:

@@ -97,14 +97,15 @@ def _fill(method: nn.Module, dtype: torch.dtype) -> None:
     """Tensors of the current mode in place of the parameters and buffers; what was shared stays shared."""
     made: dict[int, Tensor] = {}
     for module in method.modules():
-        for own in (module._parameters, module._buffers):
-            for name, old in own.items():
+        tensors: list[Any] = [module._parameters, module._buffers]
+        for held in tensors:
+            for name, old in held.items():
                 if old is not None:
                     if id(old) not in made:
                         new = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype)
                         trained = isinstance(old, nn.Parameter)
                         made[id(old)] = nn.Parameter(new, old.requires_grad) if trained else new
-                    own[name] = made[id(old)]
+                    held[name] = made[id(old)]
 
 
 def _drop_gradient(parameter: Tensor) -> None:
