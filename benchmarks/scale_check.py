@@ -97,38 +97,38 @@ def batch(step: int) -> Batch:
 
 def measure(rank: int, world_size: int, names: list[str]) -> list[dict[str, Any]]:
     """Of the third step of an engine of each config: bytes held, and payload bytes by kind of collective."""
-    told = []
-    for name in names:
-        config, batches = small_buckets(name), [batch(step) for step in range(3)]
-        torch.manual_seed(0)
-        before_step: list[int] = []
-        with counted_collectives() as counts, LiveBytes() as live:
-            method = methods.build(methods.parse_config(MODEL), ("ccl",), 1000)
-            parameters = sum(p.numel() for p in method.parameters())
-            engine = Engine(
-                method, {"ccl": 1.0}, OptimizerConfig(learning_rate=1e-3), config, batch_per_gpu=BATCH
-            )
-            step = engine._engine.step
+    with counted_collectives() as counts:  # once a process: DeepSpeed keeps the functions that it finds first
+        return [_third_step(name, counts) for name in names]
 
-            def noting(*args: Any, step: Any = step, before_step: list[int] = before_step) -> Any:
-                before_step.append(live.live)
-                return step(*args)
 
-            engine._engine.step = noting
-            for each in batches:
-                counts.clear()
-                engine.step(each, 1.0)
-            told.append(
-                {
-                    "parameters": parameters,
-                    "after_step": live.live,
-                    "before_step": before_step[-1],
-                    "collectives": dict(counts),
-                }
-            )
-        engine.close()
-        del engine, method
-    return told
+def _third_step(name: str, counts: Counter[str]) -> dict[str, Any]:
+    config, batches = small_buckets(name), [batch(step) for step in range(3)]
+    torch.manual_seed(0)
+    before_step: list[int] = []
+    with LiveBytes() as live:
+        method = methods.build(methods.parse_config(MODEL), ("ccl",), 1000)
+        parameters = sum(p.numel() for p in method.parameters())
+        engine = Engine(
+            method, {"ccl": 1.0}, OptimizerConfig(learning_rate=1e-3), config, batch_per_gpu=BATCH
+        )
+        step = engine._engine.step
+
+        def noting(*args: Any) -> Any:
+            before_step.append(live.live)
+            return step(*args)
+
+        engine._engine.step = noting
+        for each in batches:
+            counts.clear()
+            engine.step(each, 1.0)
+        after_step = live.live
+    engine.close()
+    return {
+        "parameters": parameters,
+        "after_step": after_step,
+        "before_step": before_step[-1],
+        "collectives": dict(counts),
+    }
 
 
 def expected(name: str, parameters: int, ranks: int) -> tuple[Held, Moved]:

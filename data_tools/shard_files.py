@@ -3,7 +3,6 @@
 import hashlib
 import os
 import resource
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -72,7 +71,7 @@ class DirectoryFiles:
         self._directory = directory
         self._most = _allowed_open_files()
         # the last one was read last; no lock, which a fork could leave locked: each call of it is atomic
-        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._open: dict[str, _OpenFile] = {}
 
     def where(self, name: str) -> str:
         return str(self._directory / name)
@@ -121,22 +120,20 @@ class DirectoryFiles:
         self._open.clear()
 
     def _file(self, shard: str) -> _OpenFile:
-        file = self._open.get(shard)
-        if file is not None:
-            with suppress(KeyError):  # another thread closed it; this one still has it
-                self._open.move_to_end(shard)
-            return file
-        try:
-            file = self._open[shard] = _OpenFile(self._directory / shard)
-        except OSError as error:
-            raise CorpusError(f"{self.where(shard)}: cannot be opened: {error.strerror}") from error
-        if len(self._open) > self._most:
-            with suppress(KeyError):
-                self._open.popitem(last=False)
+        file = self._open.pop(shard, None)  # two threads that ask at once open it twice, and one stays
+        if file is None:
+            try:
+                file = _OpenFile(self._directory / shard)
+            except OSError as error:
+                raise CorpusError(f"{self.where(shard)}: cannot be opened: {error.strerror}") from error
+        self._open[shard] = file
+        while len(self._open) > self._most:
+            with suppress(StopIteration, RuntimeError):  # another thread was at it too
+                self._open.pop(next(iter(self._open)), None)
         return file
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}
+        return self.__dict__ | {"_open": {}}
 
 
 def _allowed_open_files() -> int:

@@ -374,4 +374,4 @@ def test_other_ranks_and_another_zero_stage_go_on(tmp_path: Path) -> None:
         assert sorted(keys) == [f"train{number:04d}" for number in range(24)]
     for step, row in expected.items():
         assert (told[step].keys, told[step].pixels, told[step].texts) == (row.keys, row.pixels, row.texts)
-        assert told[step].loss == pytest.approx(row.loss, abs=1e-4)
+        assert told[step].loss == pytest.approx(row.loss, rel=1e-4)

@@ -184,10 +184,10 @@ def test_a_validation_and_a_save_longer_than_the_limit_raise_no_alarm(
 ) -> None:
     """Each block of a validation and each part of a file is a sign of life."""
     from learning.evaluation import embed
-    from learning.training import checkpoint
+    from learning.training import checkpoint_files
 
     corpus = write_corpus(tmp_path / "shard/out", {"train": 19, "val": 6})
-    spread, write = embed.spread, checkpoint._Hashing.write
+    spread, write = embed.spread, checkpoint_files._Hashing.write
     written: list[float] = []
 
     def slow_spread(count: int, block: int, compute, advance=None):  # type: ignore[no-untyped-def]
@@ -197,14 +197,14 @@ def test_a_validation_and_a_save_longer_than_the_limit_raise_no_alarm(
 
         return spread(count, block, slow, advance)
 
-    def slow_write(self: checkpoint._Hashing, data: object) -> int:
+    def slow_write(self: checkpoint_files._Hashing, data: object) -> int:
         if len(written) < 6:
             written.append(time.monotonic())
             time.sleep(0.5)
         return write(self, data)
 
     monkeypatch.setattr(embed, "spread", slow_spread)
-    monkeypatch.setattr(checkpoint._Hashing, "write", slow_write)
+    monkeypatch.setattr(checkpoint_files._Hashing, "write", slow_write)
     slow_down(0.0)
     values = clip_values(epochs=1, stall_limit_s=2.0, validate={"split": "val", "batch": 1})
     job = make_job(tmp_path / "a", corpus)

@@ -113,6 +113,8 @@ def _processes() -> tuple[int, int]:
     if distributed.is_initialized():  # by these Accelerate knows of a group; it joins the one that is there
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    else:  # an engine that was here before may have left it: Accelerate would wait for a group
+        os.environ.pop("LOCAL_RANK", None)
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes != distributed.world_size():
         raise RuntimeError(

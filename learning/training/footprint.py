@@ -1,7 +1,7 @@
 """What one rank's forward and backward take: FLOPs and bytes of activations, counted without computing."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,11 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self._storages: dict[int, int] = {}
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """These were there before: a view of one of them is not counted."""
+        for tensor in tensors:
+            self._storages[tensor.untyped_storage()._cdata] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -86,6 +91,7 @@ def footprint(
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         given = _batch(method, values, batch, dtype)
+        live.ignore([*method.parameters(), *method.buffers()])
         with live:
             with flops:
                 terms = method(given)
