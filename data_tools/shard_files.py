@@ -70,7 +70,7 @@ class DirectoryFiles:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._most = _allowed_open_files()
-        # the last one was read last; no lock, which a fork could leave locked: each call of it is atomic
+        # the last one was read last; no lock, which a fork could leave locked
         self._open: dict[str, _OpenFile] = {}
 
     def where(self, name: str) -> str:
