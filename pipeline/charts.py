@@ -75,7 +75,7 @@ def line_chart(
             Line(
                 name=f"{name} ({lost} not finite)" if lost else name,
                 colour=number % COLOURS,
-                points=" ".join(f"{x_of(x)},{y_of(y)}" for x, y in thinned(points)),
+                points=" ".join(f"{x_of(x)},{y_of(y)}" for x, y in _drawn(points)),
                 last=short(points[-1][1]) if points else "–",
             )
         )
@@ -111,6 +111,11 @@ def thinned(points: Series, most: int = MOST_POINTS) -> list[tuple[float, float]
         run = points[bucket * len(points) // most : (bucket + 1) * len(points) // most]
         made.append((sum(x for x, _ in run) / len(run), sum(y for _, y in run) / len(run)))
     return made
+
+
+def _drawn(points: Series) -> list[tuple[float, float]]:
+    """A single point twice: SVG draws a line without length as a dot, and a lone point not at all."""
+    return thinned(points) * (2 if len(points) == 1 else 1)
 
 
 def short(value: float) -> str:

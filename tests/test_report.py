@@ -432,6 +432,8 @@ def test_a_chart_stays_inside_its_box_and_names_what_is_not_finite() -> None:
             x, y = map(float, pair.split(","))
             assert chart.left <= x <= chart.right
             assert chart.top <= y <= chart.bottom
+    assert len(set(chart.lines[2].points.split())) == 1
+    assert len(chart.lines[2].points.split()) == 2  # a lone point is drawn: a line without length, a dot
 
 
 # ----------------------------------------------------------------------------------------------- a browser
