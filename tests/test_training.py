@@ -355,7 +355,13 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_other_ranks_and_another_zero_stage_go_on(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "shard/out", {"train": 24})
-    values = config_values(model=SAME_ON_ANY_RANKS, checkpoint={"every_steps": 2, "background": False})
+    # Sums in another order differ in the last bits, and AdamW's first steps make that grow with the rate:
+    # from 3e-6 right after the move to 1.07e-4 four steps later at a rate of 1e-3.
+    values = config_values(
+        model=SAME_ON_ANY_RANKS,
+        optimizer={"learning_rate": 1e-4, "lr_scale": {"vision": 0.1}},
+        checkpoint={"every_steps": 2, "background": False},
+    )
     zero = {stage: values | {"deepspeed": str(CONFIGS / f"zero{stage}_fp32.json")} for stage in range(4)}
     straight, moved = tmp_path / "straight", tmp_path / "moved"
     assert start_ranks(straight, corpus, zero[2], ledger=1) == [0, 0], logs(straight)
@@ -374,4 +380,4 @@ def test_other_ranks_and_another_zero_stage_go_on(tmp_path: Path) -> None:
         assert sorted(keys) == [f"train{number:04d}" for number in range(24)]
     for step, row in expected.items():
         assert (told[step].keys, told[step].pixels, told[step].texts) == (row.keys, row.pixels, row.texts)
-        assert told[step].loss == pytest.approx(row.loss, rel=1e-4)
+        assert told[step].loss == pytest.approx(row.loss, abs=1e-4)
