@@ -66,12 +66,15 @@ class Source:
         return tuple(location)
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> Source:
-    """Read, merge and resolve a recipe. Raises StageError that names the file and line, key or override."""
-    files = _chain(path)
+def read(path: Path, overrides: Sequence[str] = (), what: str = "recipe") -> Source:
+    """Read, merge and resolve a recipe. Raises StageError that names the file and line, key or override.
+
+    `what` the file is called in errors: cluster files are read so too.
+    """
+    files = _chain(path, what)
     merged = OmegaConf.create({})
     for file in reversed(files):
-        layer = _load(file)
+        layer = _load(file, what)
         layer.pop("extends", None)
         merged = _merge(merged, layer, str(file))
     known_stages = list(merged.get("stages") or {}) if OmegaConf.is_dict(merged.get("stages")) else []
@@ -87,11 +90,11 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Source:
     return Source(path, tuple(files), tuple(overrides), unresolved, values)  # type: ignore[arg-type]
 
 
-def _chain(path: Path) -> list[Path]:
+def _chain(path: Path, what: str) -> list[Path]:
     """The file and what it extends, and so on; refuses a circle."""
     chain = [path]
     while True:
-        extends = _load(chain[-1]).get("extends")
+        extends = _load(chain[-1], what).get("extends")
         if extends is None:
             return chain
         if not isinstance(extends, str):
@@ -101,20 +104,20 @@ def _chain(path: Path) -> list[Path]:
             circle = " → ".join(file.name for file in [*chain, base])
             raise StageError(f"{chain[-1]}: extends: the recipes extend each other in a circle: {circle}")
         if not base.is_file():
-            raise StageError(f"{chain[-1]}: extends: '{extends}' is no file{_beside(base)}")
+            raise StageError(f"{chain[-1]}: extends: '{extends}' is no file{_beside(base, what)}")
         chain.append(base)
 
 
-def _beside(path: Path) -> str:
+def _beside(path: Path, what: str) -> str:
     names = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
     if not names:
         return ""
-    return f"{nearest(path.name, names)}; recipes in {path.parent}: {', '.join(names)}"
+    return f"{nearest(path.name, names)}; {what}s in {path.parent}: {', '.join(names)}"
 
 
-def _load(path: Path) -> DictConfig:
+def _load(path: Path, what: str) -> DictConfig:
     if not path.is_file():
-        raise StageError(f"recipe {path}: no such file{_beside(path)}")
+        raise StageError(f"{what} {path}: no such file{_beside(path, what)}")
     try:
         text = path.read_text(encoding="utf-8")
         is_mapping = isinstance(yaml.compose(text, Loader=yaml.SafeLoader), yaml.MappingNode)
@@ -130,7 +133,7 @@ def _load(path: Path) -> DictConfig:
     except OmegaConfBaseException as error:
         raise StageError(f"{path}: {_omegaconf_message(error)}") from error
     if not isinstance(loaded, DictConfig):
-        raise StageError(f"{path}: a recipe is a mapping (name:, stages:, …), this is not")
+        raise StageError(f"{path}: a {what} is a mapping (name: …), this is not")
     return loaded
 
 

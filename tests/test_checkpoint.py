@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from learning.training.background import snapshot
+from learning.training.background import LaterWriter, Staging, snapshot
 from learning.training.checkpoint import Checkpoints
 from learning.training.checkpoint_files import MANIFEST, Writer
 
@@ -199,7 +199,7 @@ def test_a_snapshot_is_a_copy_with_the_same_ties() -> None:
         a=flat[:4].view(2, 2), b=flat[2:], shape=torch.Size([2, 2]), nested=[(flat, {"n": [1]})], none=None
     )
     state._metadata = {"": {"version": 2}}  # type: ignore[attr-defined]
-    taken = snapshot(state)
+    taken = snapshot(state, Staging().copy)
     assert taken._metadata == {"": {"version": 2}}
     assert taken["shape"] == torch.Size([2, 2])
     assert isinstance(taken["shape"], torch.Size)
@@ -210,3 +210,23 @@ def test_a_snapshot_is_a_copy_with_the_same_ties() -> None:
     taken["b"][0] = 9
     assert float(taken["a"][1, 0]) == 9  # as in the state, where both are views of one storage
     assert float(taken["nested"][0][0][2]) == 9
+
+
+def test_the_next_checkpoint_is_copied_into_the_memory_of_the_last(tmp_path: Path) -> None:
+    staging, state = Staging(), {"a": torch.arange(5.0), "b": torch.arange(5.0) + 5, "c": torch.ones(3)}
+    places = []
+    for number in range(3):
+        state["a"].fill_(number)
+        if number == 2:
+            del state["c"]
+        writer = LaterWriter(tmp_path, staging)
+        writer.save(state, tmp_path / f"{number}.pt")
+        state["a"].fill_(-1)  # training goes on before anything is written
+        writer.run()
+        assert writer.error is None
+        written = torch.load(tmp_path / f"{number}.pt", weights_only=True)
+        assert written["a"].tolist() == [number] * 5
+        assert written["b"].tolist() == [5, 6, 7, 8, 9]
+        places.append({memory.data_ptr() for kept in staging._free.values() for memory in kept})
+    assert places[0] == places[1]
+    assert places[2] < places[1], "what was not needed any more is let go"

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from learning.training import distributed
-from learning.training.background import LaterWriter
+from learning.training.background import LaterWriter, Staging
 from learning.training.checkpoint_files import MANIFEST, POSITION, Writer, problems, sync
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class Checkpoints:
         self.directory, self.keep, self.milestone_every_steps = directory, keep, milestone_every_steps
         self.background = background
         self._last_bytes = 0
+        self._staging = Staging()
         self._begun: _Begun | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
@@ -128,7 +129,8 @@ class Checkpoints:
         """
         assert self._begun is None, "settle what was begun first"
         final = self.directory / f"step_{step:08d}"
-        writer = (LaterWriter if self.background else Writer)(final.with_suffix(".tmp"))
+        temporary = final.with_suffix(".tmp")
+        writer = LaterWriter(temporary, self._staging) if self.background else Writer(temporary)
         problem = self._prepare(writer.directory, max(expected_bytes, self._last_bytes))
         written: Future[None] = Future()
         self._begun = _Begun(step, final, problem, writer, written)
