@@ -3,8 +3,10 @@
     python -m benchmarks.elastic
 
 A small COOKIE in fp32 without dropout, batch normalisation over all ranks, 20 steps of 8 samples in 4 epochs,
-a checkpoint every 3. Each run is compared, step by step, with one on 2 ranks that nothing interrupted. Exits
-with 1 when a sample is not there once an epoch, a pixel or a token differs, or a loss differs by more.
+a checkpoint every 3. Each run is compared, step by step, with one on 2 ranks that nothing interrupted and that
+has the ZeRO stage it begins with: without any interruption ZeRO-3's losses part from ZeRO-2's by up to 1.1e-4
+here, as their rounding differs. Exits with 1 when a sample is not there once an epoch, a pixel or a token
+differs, or a loss differs by more.
 """
 
 import sys
@@ -61,9 +63,13 @@ def main() -> None:
     print(f"{'run':24} {titles}")
     with tempfile.TemporaryDirectory() as folder:
         corpus = write_corpus(Path(folder) / "shard/out", {"train": SAMPLES})
-        expected = train(Path(folder) / "straight", corpus, [(2, "zero2_fp32", None)])
-        assert set(expected) == set(range(1, STEPS + 1))
+        straight = {
+            config: train(Path(folder) / config, corpus, [(2, config, None)])
+            for config in dict.fromkeys(parts[0][1] for parts in RUNS.values())
+        }
         for number, (name, parts) in enumerate(RUNS.items()):
+            expected = straight[parts[0][1]]
+            assert set(expected) == set(range(1, STEPS + 1))
             told = train(Path(folder) / f"run{number}", corpus, parts)
             whole = set(told) == set(expected) and once_an_epoch(told)
             same = whole and all(
