@@ -12,7 +12,7 @@ import multiprocessing
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def crawl(
         should_stop: asked between pieces; when true, running pieces are finished and None is returned.
 
     Raises:
-        CrawlError: not one picture could be fetched, or a worker died.
+        CrawlError: a worker died.
         OSError: the disk is full; pieces that were complete stay.
     """
     refused = {url: problem for url in sorted(set(urls)) if (problem := url_problem(url)) is not None}
@@ -105,9 +105,7 @@ def crawl(
         return None
     for leftover in tars.glob(".piece-*"):
         shutil.rmtree(leftover)
-    table = _collect(folder, pieces, refused)
-    _require_some(table, tars, len(pieces))
-    return table
+    return _collect(folder, pieces, refused)
 
 
 def _prepare(tars: Path, urls: list[str], per_piece: int) -> list[list[str]]:
@@ -236,16 +234,16 @@ def _collect(folder: Path, pieces: list[list[str]], refused: dict[str, str]) -> 
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def _require_some(table: pa.Table, tars: Path, pieces: int) -> None:
-    """A crawl without one picture is an error; its pieces are removed, so that the next run asks again."""
+def require_some(table: pa.Table, folders: Sequence[Path]) -> None:
+    """Raise CrawlError for a crawl without a picture; its tars are removed, so that the next run asks again."""
     statuses = Counter(table["status"].to_pylist())
     if statuses["ok"]:
         return
-    for piece in range(pieces):
-        _remove_piece(tars, piece)
+    for folder in folders:
+        shutil.rmtree(folder / "tars", ignore_errors=True)
     said = ", ".join(f"{reason} {count}" for reason, count in statuses.most_common())
     first = next((detail for detail in table["detail"].to_pylist() if detail), "")
     raise CrawlError(
-        f"{tars}: not one of {table.num_rows} URLs gave a picture ({said}; the first: {first}). "
-        "Check the network, `local_site` and the size rules, then run again."
+        f"{folders[0] / 'tars'}: not one of {table.num_rows} URLs gave a picture ({said}; the first: {first})."
+        " Check the network, `local_site` and the size rules, then run again."
     )

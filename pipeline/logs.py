@@ -1,4 +1,4 @@
-"""What a stage's processes left behind when they failed: their log's end, and an error record a rank."""
+"""What a stage's processes left behind when they failed: their log's end, an error record a rank or task."""
 
 import json
 import os
@@ -9,14 +9,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ErrorRecord:
-    """Why one rank ended, or (code 76) why the others gave it up. `signal` is set when it was killed from
-    outside and could say nothing itself."""
+    """Why one rank or task ended, or (code 76) why the other ranks gave it up. `signal` is set when it was
+    killed from outside and could say nothing itself."""
 
     rank: int
     code: int
     message: str
     time: float
     signal: int | None = None
+    task: int | None = None  # of a stage that runs as an array of tasks
 
     @property
     def cause_order(self) -> tuple[bool, float]:
@@ -42,9 +43,9 @@ def tail(path: Path, lines: int = 20, most_bytes: int = 65536) -> list[str]:
 
 
 def write_error(directory: Path, record: ErrorRecord) -> None:
-    """Keep a rank's record. Never raises: it is called when something (the disk, say) has failed already."""
+    """Keep a record. Never raises: it is called when something (the disk, say) has failed already."""
     try:
-        path = directory / "log" / f"rank{record.rank}.error.json"
+        path = error_path(directory, record.rank, record.task)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several ranks may name the same one
         temporary.write_text(json.dumps(asdict(record)))
         temporary.replace(path)
@@ -55,7 +56,7 @@ def write_error(directory: Path, record: ErrorRecord) -> None:
 def read_errors(directory: Path) -> list[ErrorRecord]:
     """The records of the last start, the cause first."""
     records = []
-    for path in (directory / "log").glob("rank*.error.json"):
+    for path in _error_paths(directory):
         try:
             values: dict[str, Any] = json.loads(path.read_text())
             records.append(ErrorRecord(**values))
@@ -64,8 +65,17 @@ def read_errors(directory: Path) -> list[ErrorRecord]:
     return sorted(records, key=lambda record: record.cause_order)
 
 
-def clear_errors(directory: Path, rank: int | None = None) -> None:
-    """Forget the records of an earlier start (of one rank, or of all)."""
-    pattern = "rank*.error.json" if rank is None else f"rank{rank}.error.json"
-    for path in (directory / "log").glob(pattern):
+def clear_errors(directory: Path, rank: int | None = None, task: int | None = None) -> None:
+    """Forget the records of an earlier start (of one rank, of one task, or of all)."""
+    everyone = rank is None and task is None
+    for path in _error_paths(directory) if everyone else [error_path(directory, rank or 0, task)]:
         path.unlink(missing_ok=True)
+
+
+def error_path(directory: Path, rank: int, task: int | None = None) -> Path:
+    """Where the record of a rank, or of a task of an array, is kept."""
+    return directory / "log" / f"{f'rank{rank}' if task is None else f'task{task}'}.error.json"
+
+
+def _error_paths(directory: Path) -> list[Path]:
+    return [path for of in ("rank", "task") for path in (directory / "log").glob(f"{of}*.error.json")]

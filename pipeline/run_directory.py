@@ -1,19 +1,19 @@
 """One stage's directory: what it holds, who works in it, and the DONE.json that is written last."""
 
-import contextlib
-import fcntl
 import json
 import math
 import os
-import socket
+import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pipeline import locks
 from pipeline.fingerprint import Identity, file_hashes
 from stages.base import Report, StageError
 
@@ -42,7 +42,8 @@ def finite(value: Any) -> Any:
 
 def write_durably(path: Path, text: str) -> None:
     """The file is there whole or not at all, also after a power cut: temp file, fsync, rename, fsync."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unique = f"{os.getpid()}.{secrets.token_hex(4)}"  # two nodes may have the same process id
+    temporary = path.with_name(f".{path.name}.{unique}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
@@ -100,9 +101,13 @@ class RunDirectory:
 
     def prepare(self, identity: Identity, recipe_name: str) -> None:
         """Make the directories and config.yaml. What an earlier start left in them stays: stages resume."""
+        self.done_path.unlink(missing_ok=True)  # one that did not hold: nothing may read it any more
+        self.describe(identity, recipe_name)
+
+    def describe(self, identity: Identity, recipe_name: str) -> None:
+        """The directories and config.yaml alone: a task may not touch DONE.json."""
         for part in PARTS:
             (self.path / part).mkdir(parents=True, exist_ok=True)
-        self.done_path.unlink(missing_ok=True)  # one that did not hold: nothing may read it any more
         content = {
             "recipe": recipe_name,
             "stage": identity.stage,
@@ -146,64 +151,15 @@ class RunDirectory:
             return None
         return content if isinstance(content, dict) else None
 
-    @contextlib.contextmanager
-    def lock(self, wait_s: float = 15.0) -> Iterator[None]:
-        """Hold the directory for this process. Raises StageError that names the holder.
-
-        Waits a little: the processes of a run that was just killed may take a moment to go.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        path = self.path / "lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            deadline = time.monotonic() + wait_s
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        raise StageError(self._held_by(path.read_text(errors="replace"))) from None
-                    time.sleep(0.1)
-            os.ftruncate(descriptor, 0)
-            job = os.environ.get("SLURM_JOB_ID")
-            holder = {"pid": os.getpid(), "host": socket.gethostname()} | ({"job": job} if job else {})
-            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-            yield
-        finally:
-            os.close(descriptor)  # the lock goes with it
+    def lock(self, wait_s: float = 15.0) -> AbstractContextManager[None]:
+        """Hold the directory for this process. Raises StageError that names the holder."""
+        return locks.hold(self.path, wait_s)
 
     def holder(self) -> str | None:
         """Who works here now ('process 17 on host a'), or None."""
-        path = self.path / "lock"
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _holder_text(path.read_text(errors="replace"))
-        finally:
-            os.close(descriptor)
-        return None
+        return locks.holder(self.path)
 
     def refuse_if_held(self) -> None:
         """Raise StageError when another run works here: said before anything is started."""
         if self.holder() is not None:
-            raise StageError(self._held_by((self.path / "lock").read_text(errors="replace")))
-
-    def _held_by(self, text: str) -> str:
-        return (
-            f"{self.path}: {_holder_text(text)} works on this stage; wait for it (`tandem status` shows it), "
-            "or stop it and run the same command again"
-        )
-
-
-def _holder_text(text: str) -> str:
-    try:
-        holder = json.loads(text)
-        job = f" (job {holder['job']})" if "job" in holder else ""
-        return f"process {holder['pid']} on host {holder['host']}{job}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+            raise StageError(locks.held_message(self.path))

@@ -33,6 +33,7 @@ class StageStatus:
     starts: int = 0
     error: str | None = None
     error_rank: int | None = None
+    error_task: int | None = None  # of a stage that runs as an array of tasks
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,7 +70,10 @@ def _status(stage: StageRun) -> StageStatus:
 
 
 def _error(errors: list[logs.ErrorRecord]) -> dict[str, Any]:
-    return {"error": errors[0].message, "error_rank": errors[0].rank} if errors else {}
+    if not errors:
+        return {}
+    cause = errors[0]
+    return {"error": cause.message, "error_rank": cause.rank, "error_task": cause.task}
 
 
 def _starts(directory: Path) -> int:

@@ -71,7 +71,9 @@ def failures(rows: Sequence[StageStatus]) -> list[str]:
     """What failed and why, for above the table."""
     lines = []
     for row in rows:
-        if row.error:
+        if row.error and row.error_task is not None:
+            lines.append(f"{row.stage} failed: task {row.error_task}: {row.error}")
+        elif row.error:
             log = Path(row.directory) / "log" / f"rank{row.error_rank}.log"
             lines.append(f"{row.stage} failed: rank {row.error_rank}: {row.error}\n  log: {shown_path(log)}")
     return lines

@@ -1,8 +1,9 @@
 """One process of one stage: `python -m pipeline.worker RECIPE --stage S --root R`; rank 0 commits.
 
-Ranks come from RANK, WORLD_SIZE and LOCAL_RANK; TANDEM_STOP_AT is the unix time by which it must have saved
-and ended. Exit codes: 0 done, 2 a mistake that the user can mend (or a full disk), 75 stopped and resumable,
-76 ended because a rank stood still (resumable too), 1 a crash.
+With --task 3 --tasks 200 it is one task of an array, which commits itself; with --finish --tasks 200 it joins
+what the tasks made. Ranks come from RANK, WORLD_SIZE and LOCAL_RANK; TANDEM_STOP_AT is the unix time by which
+it must have saved and ended. Exit codes: 0 done, 2 a mistake that the user can mend (or a full disk), 75
+stopped and resumable, 76 ended because a rank stood still (resumable too), 1 a crash.
 """
 
 import argparse
@@ -17,19 +18,30 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from pipeline import logs, stop_time
+from pipeline import array_tasks, locks, logs, stop_time
 from pipeline.events import Channel
 from pipeline.fingerprint import Identity, identities
 from pipeline.progress import WorkerProgress
 from pipeline.recipe import Recipe, load
-from pipeline.run_directory import RunDirectory
+from pipeline.run_directory import PARTS, RunDirectory
 from pipeline.tracking import FileTracker, QuietTracker
-from stages.base import STALLED, Job, Report, StageError, Stopped, end_stalled, stage_module
+from stages.base import (
+    STALLED,
+    Job,
+    Report,
+    SpoiltTasks,
+    StageError,
+    Stopped,
+    end_stalled,
+    stage_module,
+    task_directory,
+)
 
 DONE, CRASHED, USER_ERROR, STOPPED = 0, 1, 2, 75
 PARENT_VARIABLE = "TANDEM_PARENT_PID"
@@ -73,7 +85,18 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=Path("runs"))
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--fingerprint", help="refuse to run if the recipe has become another one")
-    return parser.parse_args(arguments)
+    parser.add_argument("--tasks", type=int, metavar="N", help="of a stage that runs as an array")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--task", type=int, metavar="I", help="run task I of the array, from 0 on")
+    part.add_argument("--finish", action="store_true", help="join what all the tasks made")
+    options = parser.parse_args(arguments)
+    if (options.tasks is not None) != (options.task is not None or options.finish):
+        parser.error("--tasks goes with --task or with --finish")
+    if options.tasks is not None and options.tasks < 1:
+        parser.error(f"--tasks {options.tasks}: must be 1 or more")
+    if options.task is not None and not 0 <= options.task < options.tasks:
+        parser.error(f"--task {options.task}: must be from 0 to {options.tasks - 1}")
+    return options
 
 
 class _Notices(logging.Handler):
@@ -127,7 +150,7 @@ def _failed(
         code, message = USER_ERROR, full
     else:
         code, message = CRASHED, f"{type(error).__name__}: {error}"
-    record = logs.ErrorRecord(rank, code, message, time.time())
+    record = logs.ErrorRecord(rank, code, message, time.time(), task=options.task)
     channel.send("error", patience_s=2.0, rank=rank, code=code, message=message, time=record.time)
     if directory:
         logs.write_error(directory[0], record)
@@ -187,22 +210,75 @@ def _work(
         raise StageError(absent_message(recipe, identity))
     run_directory = RunDirectory.of(root, recipe.name, identity)
     inputs = _inputs(recipe, known, identity, root)
-    if rank != 0:
+    start = _Start(recipe, identity, run_directory, inputs, rank, channel, should_stop)
+    if options.tasks is not None and not recipe.stages[options.stage].splits:
+        raise StageError(f"stages.{options.stage}: a {identity.kind} stage does not split into tasks")
+    if options.task is not None:
+        _work_task(start, options.task, options.tasks, directory)
+    elif options.finish or rank == 0:
+        _work_whole(start, options.tasks, directory)
+    else:
         directory.append(run_directory.path)
         logs.clear_errors(run_directory.path, rank)
-        _run(recipe, options.stage, run_directory, inputs, rank, channel, should_stop)
-        return
+        _run(start, run_directory.path)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What this process works on."""
+
+    recipe: Recipe
+    identity: Identity
+    run_directory: RunDirectory
+    inputs: dict[str, Path]
+    rank: int
+    channel: Channel
+    should_stop: StopFlag
+
+
+def _work_whole(start: _Start, tasks: int | None, directory: list[Path]) -> None:
+    """The whole stage; or, once its `tasks` are done, what joins them."""
+    run_directory = start.run_directory
     with run_directory.lock():
         if run_directory.check().done:
             return  # another run finished it while this one was starting
-        run_directory.prepare(identity, recipe.name)
         directory.append(run_directory.path)
-        logs.clear_errors(run_directory.path, rank)
         began = time.monotonic()
-        _note_start(run_directory)
-        report = _run(recipe, options.stage, run_directory, inputs, rank, channel, should_stop)
-        content = run_directory.commit(identity, report, time.monotonic() - began)
-        channel.send("done", patience_s=1.0, seconds=content["seconds"])
+        before_s = 0.0 if tasks is None else array_tasks.require_all(run_directory.path, tasks)
+        run_directory.prepare(start.identity, start.recipe.name)
+        logs.clear_errors(run_directory.path, start.rank)
+        _note_start(run_directory.path)
+        report = _run(start, run_directory.path) if tasks is None else _finish(start, tasks)
+        content = run_directory.commit(start.identity, report, before_s + time.monotonic() - began)
+        start.channel.send("done", patience_s=1.0, seconds=content["seconds"])
+
+
+def _work_task(start: _Start, index: int, tasks: int, directory: list[Path]) -> None:
+    """One task of an array. It holds its own directory: tasks run side by side."""
+    stage_path = start.run_directory.path
+    if start.run_directory.check().done:
+        return
+    describe = partial(start.run_directory.describe, start.identity, start.recipe.name)
+    array_tasks.begin(stage_path, tasks, describe)
+    own = task_directory(stage_path, index)
+    with locks.hold(own):
+        if array_tasks.record(stage_path, index) is not None:
+            return
+        array_tasks.forget(stage_path, [index])
+        directory.append(stage_path)
+        logs.clear_errors(stage_path, task=index)
+        began = time.monotonic()
+        _note_start(own)
+        report = _run(start, own, "run_task", index, tasks)
+        array_tasks.commit(stage_path, index, tasks, report, time.monotonic() - began)
+
+
+def _finish(start: _Start, tasks: int) -> Report:
+    try:
+        return _run(start, start.run_directory.path, "finish", 0, tasks)
+    except SpoiltTasks as error:
+        array_tasks.forget(start.run_directory.path, error.tasks)
+        raise
 
 
 def absent_message(recipe: Recipe, identity: Identity) -> str:
@@ -233,44 +309,40 @@ def _inputs(recipe: Recipe, known: dict[str, Identity], identity: Identity, root
     return inputs
 
 
-def _note_start(run_directory: RunDirectory) -> None:
+def _note_start(directory: Path) -> None:
     """One line a start: so that restarts can be counted."""
-    with (run_directory.path / "log" / "starts.log").open("a") as stream:
+    (directory / "log").mkdir(exist_ok=True)
+    with (directory / "log" / "starts.log").open("a") as stream:
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         stream.write(f"{when} process {os.getpid()} host {socket.gethostname()}\n")
 
 
 def _run(
-    recipe: Recipe,
-    stage: str,
-    run_directory: RunDirectory,
-    inputs: dict[str, Path],
-    rank: int,
-    channel: Channel,
-    should_stop: StopFlag,
+    start: _Start, directory: Path, function: str = "run", task_index: int = 0, task_count: int = 1
 ) -> Report:
-    """The stage itself, as this rank."""
-    config = recipe.stages[stage]
-    tracker: FileTracker | QuietTracker = QuietTracker()
-    if rank == 0:
-        tracker = FileTracker(run_directory.path / "log")
-    for part in ("out", "checkpoints", "tasks", "log"):
-        (run_directory.path / part).mkdir(parents=True, exist_ok=True)
+    """The stage itself, as this rank, or its part as this task; `directory` is the stage's or the task's."""
+    config, head = start.recipe.stages[start.identity.stage], start.recipe.head
+    for part in ("out", "log") if function == "run_task" else PARTS:
+        (directory / part).mkdir(parents=True, exist_ok=True)
     job = Job(
-        directory=run_directory.path,
-        inputs=inputs,
-        tracker=tracker,
-        progress=WorkerProgress(run_directory.path, channel, speaks=rank == 0),
-        should_stop=should_stop,
-        seed=recipe.head.seed,
-        recipe_directory=recipe.directory,
-        processes=recipe.head.launch.processes,
-        stop_at=should_stop.stop_at,
-        stalled=partial(_stalled, channel, run_directory.path),
+        directory=directory,
+        inputs=start.inputs,
+        tracker=FileTracker(directory / "log") if start.rank == 0 else QuietTracker(),
+        progress=WorkerProgress(directory, start.channel, speaks=start.rank == 0),
+        should_stop=start.should_stop,
+        seed=head.seed,
+        recipe_directory=start.recipe.directory,
+        task_index=task_index,
+        task_count=task_count,
+        processes=head.launch.processes,
+        stop_at=start.should_stop.stop_at,
+        stalled=partial(_stalled, start.channel, start.run_directory.path),
     )
-    report: Any = stage_module(config.kind).run(config, job)
+    report: Any = getattr(stage_module(config.kind), function)(config, job)
     if not isinstance(report, Report):
-        raise TypeError(f"stage kind '{config.kind}': run() returned {type(report).__name__}, not a Report")
+        raise TypeError(
+            f"stage kind '{config.kind}': {function}() returned {type(report).__name__}, not a Report"
+        )
     return report
 
 

@@ -2,10 +2,16 @@
 
 A stage never knows whether a laptop or SLURM started it. It reads its inputs' directories, writes under
 `job.out`, reports counts and metrics, and returns. The caller writes DONE.json.
+
+A stage that splits (`Config.splits`) may run as an array too: `run_task(config, job)` for each task, side by
+side, and then `finish(config, job)`, once. A task does the share of `job.task_index` of `job.task_count`,
+told by a hash of the key, in a `job.directory` of its own; `finish` joins what lies in `job.task_outs` into
+the stage's `job.out`. What it makes, and its counts, must not depend on the number of tasks, nor differ from
+what `run` makes.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -21,6 +27,14 @@ class StageError(Exception):
     """Something a user can mend: the message names the file, the field and the remedy. Exit code 2."""
 
 
+class SpoiltTasks(StageError):
+    """`finish` cannot use what these tasks made: they are to run again."""
+
+    def __init__(self, message: str, tasks: Iterable[int]):
+        super().__init__(message)
+        self.tasks = tuple(tasks)
+
+
 class Frozen(BaseModel):
     """A frozen model that refuses unknown keys: the base of every part of a recipe."""
 
@@ -33,6 +47,7 @@ class StageConfig(Frozen):
     cosmetic: ClassVar[frozenset[str]] = frozenset()  # fields that cannot change what the stage makes
     roles: ClassVar[tuple[str, ...]] = ()  # inputs it must have
     optional_roles: ClassVar[tuple[str, ...]] = ()  # inputs it may have
+    splits: ClassVar[bool] = False  # may run as an array of tasks, and `finish`
     distributed: ClassVar[bool] = False  # one process a GPU (or a laptop's `launch.processes`)
     version: ClassVar[int] = 1  # raise when the same config makes something else
 
@@ -104,7 +119,7 @@ def end_stalled(rank: int, message: str) -> NoReturn:
 class Job:
     """Where a stage runs: its directory, its inputs, its share of the work and the means to report."""
 
-    directory: Path
+    directory: Path  # of the stage; of the task, in `run_task`
     inputs: Mapping[str, Path]  # role → the input stage's directory (its `out/` holds the result)
     tracker: Tracker
     progress: Progress
@@ -122,6 +137,11 @@ class Job:
         return self.directory / "out"
 
     @property
+    def task_outs(self) -> list[Path]:
+        """For `finish`: each task's out/, in order."""
+        return [task_directory(self.directory, index) / "out" for index in range(self.task_count)]
+
+    @property
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
 
@@ -130,8 +150,13 @@ class Job:
         return self.directory / "log"
 
 
+def task_directory(stage_directory: Path, index: int) -> Path:
+    """Where one task of an array works."""
+    return stage_directory / "tasks" / str(index)
+
+
 def stage_module(kind: str) -> Any:
-    """The module of a kind of stage: it has a `Config` and a `run(config, job)`.
+    """The module of a kind of stage: it has a `Config`, a `run(config, job)` and, where it splits, the rest.
 
     A kind with a dot is the import path of a stage of your own (`kind: my_package.caption`). Raises
     StageError for a kind that is neither.
@@ -148,6 +173,11 @@ def stage_module(kind: str) -> Any:
         raise StageError(f"stage kind: no module '{kind}' can be imported; is it on PYTHONPATH?") from error
     if not (hasattr(module, "Config") and hasattr(module, "run")):
         raise StageError(f"stage kind: module '{kind}' has no `Config` or no `run(config, job)`")
+    if module.Config.splits and not (hasattr(module, "run_task") and hasattr(module, "finish")):
+        raise StageError(
+            f"stage kind: module '{kind}' says that it splits, but has no `run_task(config, job)` or no "
+            "`finish(config, job)`"
+        )
     return module
 
 

@@ -1,7 +1,9 @@
 """The crawl stage: the filter's pairs → their pictures as fetched, with one status a URL."""
 
+import logging
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -10,12 +12,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from data_tools.crawl import REASONS, CrawlOptions, crawl
+from data_tools.crawl import REASONS, CrawlError, CrawlOptions, crawl, require_some
+from data_tools.crawl_shares import ShareError, join, share_of
 from data_tools.errors import DataError, explain_full_disk
 from data_tools.local_site import LocalSite
 from data_tools.opener import Guard, Mirror
 from data_tools.pictures import PictureRules
-from stages.base import Frozen, Job, Report, StageConfig, StageError, Stopped
+from stages.base import Frozen, Job, Report, SpoiltTasks, StageConfig, StageError, Stopped
+
+logger = logging.getLogger(__name__)
 
 
 class LocalSiteConfig(Frozen):
@@ -53,38 +58,71 @@ class Config(StageConfig):
 
     cosmetic: ClassVar[frozenset[str]] = frozenset({"processes", "threads", "urls_per_piece"})
     roles: ClassVar[tuple[str, ...]] = ("pairs",)
+    splits: ClassVar[bool] = True
 
 
 def run(config: Config, job: Job) -> Report:
     """Write out/tars, then out/pairs.parquet (the input's), out/dropped.parquet and out/pictures.parquet."""
-    if job.task_count != 1:
-        raise StageError("crawl: it runs as one task with several processes; set its task count to 1")
-    pairs = job.inputs["pairs"] / "out" / "pairs.parquet"
-    try:
-        urls = pc.unique(pq.read_table(pairs, columns=["url"])["url"]).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise StageError(f"{pairs}: cannot be read ({error}). Run the filter stage again.") from error
-    job.out.mkdir(parents=True, exist_ok=True)
+    urls = _urls(job)
+    with _mendable(job.out):
+        table = _crawl(config, job, urls)
+        require_some(table, [job.out])
+        return _complete(table, job)
+
+
+def run_task(config: Config, job: Job) -> Report:
+    """Fetch one share of the URLs: the task's out/tars and out/pictures.parquet."""
+    urls = share_of(_urls(job), job.task_index, job.task_count)
+    with _mendable(job.out):
+        table = _crawl(config, job, urls)
+        _write({"pictures": table}, job.out)
+    counts = _counts(table)
+    if urls and not counts["kept"]:  # no error: a small share may be so; `finish` asks for one picture of all
+        logger.warning("crawl: not one of %d URLs gave a picture; is this node on the network?", len(urls))
+    return _report(counts)
+
+
+def finish(config: Config, job: Job) -> Report:
+    """Write what `run` writes, from what the tasks fetched; the tars lie in a folder a task."""
+    with _mendable(job.out), job.progress.task("join", job.task_count) as task:
+        try:
+            table = join(job.task_outs, job.out, task.advance)
+        except ShareError as error:
+            raise SpoiltTasks(f"{error}. Run task {error.share} again.", [error.share]) from error
+        try:
+            require_some(table, job.task_outs)
+        except CrawlError as error:
+            raise SpoiltTasks(str(error), range(job.task_count)) from error
+        return _complete(table, job)
+
+
+@contextmanager
+def _mendable(out: Path) -> Iterator[None]:
+    """What is wrong with the data or the disk, as a stage tells it."""
     kept = "Finished pieces of the crawl are kept; the next run goes on after them."
     try:
-        with explain_full_disk(job.out, kept):
-            table = _crawl(config, job, urls)
-            if table is None:
-                raise Stopped("crawl: stopped between pieces; run again to go on")
-            _write(table, pairs, job.out)
+        with explain_full_disk(out, kept):
+            yield
     except DataError as error:
         raise StageError(str(error)) from error
-    statuses = table["status"].to_pylist()
-    counts = {"urls": len(statuses), "kept": statuses.count("ok")}
-    counts |= {f"dropped_{reason}": statuses.count(reason) for reason in REASONS}
-    if counts["urls"] != sum(n for name, n in counts.items() if name != "urls"):
-        raise RuntimeError(
-            f"the crawl has a status without a name: {sorted(set(statuses) - {'ok', *REASONS})}"
-        )
-    return Report(counts=counts, metrics={f"crawl/{name}": float(n) for name, n in counts.items()})
 
 
-def _crawl(config: Config, job: Job, urls: list[str]) -> pa.Table | None:
+def _pairs(job: Job) -> Path:
+    return job.inputs["pairs"] / "out" / "pairs.parquet"
+
+
+def _urls(job: Job) -> list[str]:
+    """Those of the pairs, each once."""
+    try:
+        urls: list[str] = pc.unique(pq.read_table(_pairs(job), columns=["url"])["url"]).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise StageError(f"{_pairs(job)}: cannot be read ({error}). Run the filter stage again.") from error
+    return urls
+
+
+def _crawl(config: Config, job: Job, urls: list[str]) -> pa.Table:
+    """Fetch the URLs into out/tars. Raises Stopped between pieces when asked to."""
+    job.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         mirror = None
         if config.local_site is not None:
@@ -99,15 +137,40 @@ def _crawl(config: Config, job: Job, urls: list[str]) -> pa.Table | None:
         )
         rules = PictureRules(config.min_side_px, config.max_aspect, config.max_pixels)
         task = stack.enter_context(job.progress.task("crawl", len(urls)))
-        return crawl(urls, job.out, rules, options, task.advance, job.should_stop)
+        table = crawl(urls, job.out, rules, options, task.advance, job.should_stop)
+    if table is None:
+        raise Stopped("crawl: stopped between pieces; run again to go on")
+    return table
 
 
-def _write(table: pa.Table, pairs: Path, out: Path) -> None:
-    """The stage's tables, each by temp file and rename."""
+def _complete(table: pa.Table, job: Job) -> Report:
+    """The stage's tables and counts, once all URLs have a status."""
+    counts = _counts(table)
     dropped = table.filter(pc.not_equal(table["status"], "ok"))
     dropped = pa.table({"url": dropped["url"], "reason": dropped["status"], "detail": dropped["detail"]})
-    pq.write_table(dropped, out / "dropped.parquet.tmp")
-    pq.write_table(table, out / "pictures.parquet.tmp")
-    shutil.copyfile(pairs, out / "pairs.parquet.tmp")
-    for name in ("pairs", "dropped", "pictures"):
+    shutil.copyfile(_pairs(job), job.out / "pairs.parquet.tmp")
+    (job.out / "pairs.parquet.tmp").replace(job.out / "pairs.parquet")
+    _write({"dropped": dropped, "pictures": table}, job.out)
+    return _report(counts)
+
+
+def _counts(table: pa.Table) -> dict[str, int]:
+    statuses = table["status"].to_pylist()
+    counts = {"urls": len(statuses), "kept": statuses.count("ok")}
+    counts |= {f"dropped_{reason}": statuses.count(reason) for reason in REASONS}
+    if counts["urls"] != sum(n for name, n in counts.items() if name != "urls"):
+        raise RuntimeError(
+            f"the crawl has a status without a name: {sorted(set(statuses) - {'ok', *REASONS})}"
+        )
+    return counts
+
+
+def _report(counts: dict[str, int]) -> Report:
+    return Report(counts=counts, metrics={f"crawl/{name}": float(n) for name, n in counts.items()})
+
+
+def _write(tables: dict[str, pa.Table], out: Path) -> None:
+    """Tables as Parquet files of these names, each by temp file and rename."""
+    for name, table in tables.items():
+        pq.write_table(table, out / f"{name}.parquet.tmp")
         (out / f"{name}.parquet.tmp").replace(out / f"{name}.parquet")
