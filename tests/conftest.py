@@ -1,11 +1,15 @@
-"""Skips become failures where they must not be: TANDEM_REQUIRE=chromium,tmpfs names what has to be there."""
+"""The tests' SLURM cluster; and skips for lack of what TANDEM_REQUIRE="chromium slurm" names are failures."""
 
 import os
-from collections.abc import Generator
+import re
+from collections.abc import Generator, Iterator
 
 import pytest
 
-REQUIRED = [name for name in os.environ.get("TANDEM_REQUIRE", "").split(",") if name]
+from tests import slurm_cluster
+from tests.slurm_cluster import SlurmCluster
+
+REQUIRED = re.findall(r"\w+", os.environ.get("TANDEM_REQUIRE", ""))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -14,9 +18,32 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.skipped and not hasattr(report, "wasxfail"):
-        reason = str(report.longrepr).lower()
+        # of a skip: (file, line, reason); the file's name must not count
+        told = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        reason = str(told).lower()
         missing = [name for name in REQUIRED if name in reason]
         if missing:
             report.outcome = "failed"
             report.longrepr = f"skipped, but TANDEM_REQUIRE names {', '.join(missing)}: {reason}"
     return report
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """8 nodes of 8 simulated GPUs; each test finds it idle and whole (see `_mend_slurm`)."""
+    missing = slurm_cluster.missing()
+    if missing:
+        pytest.skip(f"no slurm cluster here: {'; '.join(missing)}")
+    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def _mend_slurm(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test that used the cluster: no job is left, and what was broken is up again."""
+    if "slurm" not in request.fixturenames:
+        yield
+        return
+    cluster: SlurmCluster = request.getfixturevalue("slurm")
+    yield
+    cluster.reset()
