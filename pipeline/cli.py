@@ -1,4 +1,4 @@
-"""The command line: `tandem plan | run | stage | status | results | compare | report | schema`."""
+"""The command line: `tandem plan | run | submit | status | results | …`."""
 
 import json
 import os
@@ -60,6 +60,11 @@ StopAfterOption = Annotated[
         help="save and end within this time (3h50m), exit code 75; also TANDEM_STOP_AT, in unix seconds",
         metavar="TIME",
     ),
+]
+
+ClusterOption = Annotated[
+    Path,
+    typer.Option("--cluster", help="a cluster file, or the name of one in slurm/clusters", metavar="FILE"),
 ]
 
 _UNCHANGED: list[str] = []
@@ -194,25 +199,26 @@ def status(
     recipe: RecipeArgument,
     root: RootOption = _ROOT,
     overrides: SetOption = _UNCHANGED,
+    watch: Annotated[bool, typer.Option("--watch", help="show it anew until all has ended")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """A row a stage: done, running, failed, stopped or waiting; step, speed, loss, time left, last error.
+    """A row a stage: done, running, queued, failed, stopped or waiting; step, speed, loss, time left.
 
-    tandem status recipes/demo.yaml
+    What failed comes first, with the reason and the last lines of the right log. On a cluster the states are
+    SLURM's too: job, queue reason, tasks done, restarts.
+
+      tandem status recipes/demo.yaml
+
+      tandem status recipes/demo.yaml --watch
     """
-    from pipeline import results as viewing
-    from pipeline import status as states
-    from pipeline import tables
+    from pipeline import status_command
 
-    run_view = viewing.view(recipe, root, overrides)
-    rows = states.statuses(run_view)
     if json_:
-        _print_json({"recipe": run_view.name, "stages": [row.as_json() for row in rows]})
-        return
-    console = _console()
-    for line in tables.failures(rows):
-        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
-    console.print(tables.of_status(rows, f"status of {run_view.name}"))
+        _print_json(status_command.as_json(recipe, root, overrides))
+    elif watch:
+        status_command.watch(recipe, root, overrides, _console())
+    else:
+        status_command.show(recipe, root, overrides, _console())
 
 
 @app.command()
@@ -311,6 +317,61 @@ def report(
     run_view = viewing.view(recipe, root, overrides)
     path = write_report(run_view, out or runner.report_path(run_view))
     sys.stdout.write(f"{path}\n")
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    cluster: ClusterOption,
+    root: RootOption = _ROOT,
+    overrides: SetOption = _UNCHANGED,
+    from_: Annotated[
+        str | None, typer.Option("--from", help="begin with this stage", metavar="STAGE")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the jobs and their scripts; send nothing")
+    ] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Send the recipe to SLURM: one job a stage, each after those that it reads.
+
+    What is done or has live jobs is not sent again: after a failure, or `tandem cancel`, submit once more and
+    what is missing runs.
+
+      tandem submit recipes/demo.yaml --cluster slurm/clusters/a100_8x8.yaml --dry-run
+
+      tandem submit recipes/demo.yaml --cluster slurm/clusters/a100_8x8.yaml
+    """
+    from pipeline.slurm import submit as submitting
+
+    request = submitting.Request(
+        recipe, root, cluster, tuple(overrides), from_, dry_run, python=sys.executable
+    )
+    sent = submitting.submit(request)
+    if json_:
+        _print_json({"recipe": str(recipe), "stages": [one.as_json() for one in sent]})
+        return
+    for one in sent:
+        sys.stdout.write(f"{one.stage:16} {one.action:10} {one.what}\n")
+        if dry_run:
+            for name, text in one.scripts.items():
+                sys.stdout.write(f"\n---- {name}\n{text}\n")
+
+
+@app.command()
+def cancel(recipe: RecipeArgument, root: RootOption = _ROOT, overrides: SetOption = _UNCHANGED) -> None:
+    """Cancel the recipe's jobs. What runs is told to save; `tandem submit` goes on from there.
+
+    tandem cancel recipes/demo.yaml
+    """
+    from pipeline import results as viewing
+    from pipeline.slurm import submit as submitting
+
+    cancelled = submitting.cancel(viewing.view(recipe, root, overrides))
+    for job in cancelled:
+        sys.stdout.write(f"job {job.id} cancelled ({job.state.lower()})\n")
+    if not cancelled:
+        sys.stdout.write("no live job\n")
 
 
 @app.command()

@@ -12,12 +12,18 @@ from pathlib import Path
 from stages.base import StageError
 
 
+PATIENCE_S, PATIENCE_IN_A_JOB_S = 15.0, 180.0
+
+
 @contextlib.contextmanager
-def hold(directory: Path, wait_s: float = 15.0) -> Iterator[None]:
+def hold(directory: Path, wait_s: float | None = None) -> Iterator[None]:
     """Hold the directory (made if there is none) for this process. Raises StageError that names the holder.
 
-    Waits a little: the processes of a run that was just killed may take a moment to go.
+    Waits a little: the processes of a run that was just killed may take a moment to go, and longer those of a
+    node that SLURM gave up.
     """
+    if wait_s is None:
+        wait_s = PATIENCE_IN_A_JOB_S if "SLURM_JOB_ID" in os.environ else PATIENCE_S
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

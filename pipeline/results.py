@@ -23,6 +23,10 @@ class StageRun:
     kind: str
     directory: Path
     done: dict[str, Any] | None
+    distributed: bool = False  # one process a GPU
+    splits: bool = False  # may run as an array of tasks
+    reads: tuple[str, ...] = ()  # the stages that it reads
+    absent: tuple[Path, ...] = ()  # files that it needs and that are not there
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,21 @@ def view(recipe_path: Path, root: Path, overrides: Sequence[str] = ()) -> RunVie
     head, source = load_head(recipe_path, overrides)
     truth = None if head.truth is None else source.path.resolve().parent / head.truth
     runs = []
-    for name, kind, directory in _directories(recipe_path, root, overrides, head.name, source.values):
+    for entry in _stages(recipe_path, root, overrides, head.name, source.values):
+        directory = root / head.name / entry["stage"] / entry["short"]
         check = RunDirectory(directory).check()
-        runs.append(StageRun(name, kind, directory, check.content if check.done else None))
+        runs.append(
+            StageRun(
+                entry["stage"],
+                entry["kind"],
+                directory,
+                check.content if check.done else None,
+                entry["distributed"],
+                entry["splits"],
+                tuple(entry["reads"]),
+                tuple(Path(path) for path in entry["absent"]),
+            )
+        )
     return RunView(head.name, recipe_path, root, runs, truth)
 
 
@@ -64,22 +80,34 @@ def as_json(run: RunView) -> dict[str, Any]:
     }
 
 
-def _directories(
+def _stages(
     recipe_path: Path, root: Path, overrides: Sequence[str], name: str, values: dict[str, Any]
-) -> list[tuple[str, str, Path]]:
-    """(stage, kind, directory) of each stage. Remembered: a fingerprint needs the stages' modules (torch)."""
+) -> list[dict[str, Any]]:
+    """What StageRun says of each stage. Remembered: a fingerprint needs the stages' modules (torch)."""
     cache = root / name / ".directories.json"
     key = _key(recipe_path, values)
     try:
         remembered = json.loads(cache.read_text()).get(key)
         if remembered and all(_stamp(Path(p)) == stamp for p, stamp in remembered["files"].items()):
-            return [(stage, kind, root / name / stage / short) for stage, kind, short in remembered["stages"]]
+            known: list[dict[str, Any]] = remembered["stages"]
+            return known
     except (OSError, ValueError, KeyError, AttributeError):
         pass  # nothing remembered, or not readable: look again
     recipe = load(recipe_path, overrides)
     found = identities(recipe, root)
     files = [p for config in recipe.stages.values() for p in stage_files(config, recipe.directory).values()]
-    stages_found = [(stage, identity.kind, identity.short) for stage, identity in found.items()]
+    stages_found = [
+        {
+            "stage": stage,
+            "kind": identity.kind,
+            "short": identity.short,
+            "distributed": type(recipe.stages[stage]).distributed,
+            "splits": type(recipe.stages[stage]).splits,
+            "reads": list(dict.fromkeys(identity.input_stages.values())),
+            "absent": [str(path) for path in identity.absent],
+        }
+        for stage, identity in found.items()
+    ]
     own_kinds = {identity.kind for identity in found.values()} - set(
         KINDS
     )  # their code is not among the stamps
@@ -88,7 +116,7 @@ def _directories(
         not own_kinds and not addresses and not any(path.is_dir() for path in files)
     ):  # a directory's stamp says little of its content
         _remember(cache, key, {"files": {str(p): _stamp(p) for p in files}, "stages": stages_found})
-    return [(stage, kind, root / name / stage / short) for stage, kind, short in stages_found]
+    return stages_found
 
 
 def _key(recipe_path: Path, values: dict[str, Any]) -> str:
@@ -96,7 +124,7 @@ def _key(recipe_path: Path, values: dict[str, Any]) -> str:
     house = Path(next(iter(stages.__path__))).parent
     code = [*house.glob("stages/*.py"), *house.glob("learning/methods/*.py")]
     stamps = [[path.name, *(_stamp(path) or [])] for path in sorted(code)]
-    text = json.dumps([str(recipe_path.resolve()), values, stamps], sort_keys=True, default=str)
+    text = json.dumps([2, str(recipe_path.resolve()), values, stamps], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

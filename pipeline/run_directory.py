@@ -151,7 +151,7 @@ class RunDirectory:
             return None
         return content if isinstance(content, dict) else None
 
-    def lock(self, wait_s: float = 15.0) -> AbstractContextManager[None]:
+    def lock(self, wait_s: float | None = None) -> AbstractContextManager[None]:
         """Hold the directory for this process. Raises StageError that names the holder."""
         return locks.hold(self.path, wait_s)
 

@@ -19,7 +19,7 @@ class StageStatus:
 
     stage: str
     kind: str
-    state: str  # done, running, failed, stopped, waiting
+    state: str  # done, running, failed, stopped, waiting; on a cluster also queued, cancelled
     directory: str
     doing: str | None = None  # what the stage says that it does
     completed: float | None = None
@@ -34,6 +34,10 @@ class StageStatus:
     error: str | None = None
     error_rank: int | None = None
     error_task: int | None = None  # of a stage that runs as an array of tasks
+    last_lines: tuple[str, ...] = ()  # of the log of what failed
+    job: str | None = None  # SLURM's number
+    tasks_done: int | None = None
+    tasks: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,7 +56,7 @@ def _status(stage: StageRun) -> StageStatus:
         "directory": str(stage.directory),
         "starts": _starts(stage.directory),
     }
-    common |= _last_metrics(stage.directory / "log" / METRICS)
+    common |= last_metrics(stage.directory / "log" / METRICS)
     if stage.done:
         return StageStatus(state="done", seconds=stage.done.get("seconds"), **common)
     if not directory.started:
@@ -93,8 +97,8 @@ def _progress(directory: Path) -> dict[str, Any]:
     return {"doing": state["description"], "completed": completed, "total": total, "seconds_left": left}
 
 
-def _last_metrics(path: Path) -> dict[str, Any]:
-    """Step, speed and loss from the file's end."""
+def last_metrics(path: Path) -> dict[str, Any]:
+    """Step, speed and loss from the file's end, as far as they are there."""
     found: dict[str, Any] = {}
     for line in reversed(logs.tail(path, lines=200, most_bytes=TAIL_BYTES)):
         try:

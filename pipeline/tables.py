@@ -21,7 +21,15 @@ ACTIONS = {
     "resume": ("resumes", "yellow"),
     "blocked": ("cannot run", "red"),
 }
-STATES = {"done": "green", "running": "cyan", "failed": "red", "stopped": "yellow", "waiting": "dim"}
+STATES = {
+    "done": "green",
+    "running": "cyan",
+    "queued": "blue",
+    "failed": "red",
+    "stopped": "yellow",
+    "cancelled": "yellow",
+    "waiting": "dim",
+}
 RECALLS = ("i2t_r@1", "i2t_r@5", "i2t_r@10", "t2i_r@1", "t2i_r@5", "t2i_r@10", "rsum", "r@m")
 
 
@@ -52,11 +60,15 @@ def of_plan(plan: Plan) -> Table:
 
 
 def of_status(rows: Sequence[StageStatus], title: str) -> Table:
-    table = _table(title, "stage", "state", "doing", "step", "samples/s", "loss", "time", "starts")
+    on_cluster = any(row.job for row in rows)
+    table = _table(title, "stage", "state", *(["job"] if on_cluster else []))
+    for column in ("doing", "step", "samples/s", "loss", "time", "starts"):
+        table.add_column(column)
     for row in rows:
         table.add_row(
             _cell(row.stage),
             Text(row.state, style=STATES[row.state]),
+            *([_cell(row.job)] if on_cluster else []),
             _cell(_doing(row)),
             _cell(None if row.step is None else number(row.step)),
             _cell(None if row.samples_per_s is None else number(row.samples_per_s)),
@@ -73,15 +85,19 @@ def failures(rows: Sequence[StageStatus]) -> list[str]:
     for row in rows:
         if row.error and row.error_task is not None:
             lines.append(f"{row.stage} failed: task {row.error_task}: {row.error}")
-        elif row.error:
+        elif row.error and row.error_rank is not None:
             log = Path(row.directory) / "log" / f"rank{row.error_rank}.log"
             lines.append(f"{row.stage} failed: rank {row.error_rank}: {row.error}\n  log: {shown_path(log)}")
+        elif row.error:
+            lines.append(f"{row.stage} {row.state}: {row.error}")
+        lines += [f"  | {line}" for line in row.last_lines]
     return lines
 
 
 def _doing(row: StageStatus) -> str:
-    if row.completed is None or row.state == "done":
-        return ""
+    tasks = f"{number(row.tasks_done or 0)} of {number(row.tasks)} tasks" if row.tasks else ""
+    if row.completed is None or row.state == "done" or tasks:
+        return "" if row.state == "done" else "  ".join(part for part in (tasks, row.doing) if part)
     count = number(row.completed) + (f"/{number(row.total)}" if row.total else "")
     return f"{row.doing}  {count}  by {row.holder}" if row.doing else count
 

@@ -45,6 +45,7 @@ from stages.base import (
 
 DONE, CRASHED, USER_ERROR, STOPPED = 0, 1, 2, 75
 PARENT_VARIABLE = "TANDEM_PARENT_PID"
+PROCESSES_VARIABLE = "TANDEM_PROCESSES"  # of a data stage: what a batch job has, in place of launch.processes
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
@@ -78,7 +79,8 @@ def die_with_parent() -> None:
         os._exit(CRASHED)  # it died before the kernel was asked
 
 
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """The options of this program."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.worker", description=__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--stage", required=True, metavar="S")
@@ -89,7 +91,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--task", type=int, metavar="I", help="run task I of the array, from 0 on")
     part.add_argument("--finish", action="store_true", help="join what all the tasks made")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     if (options.tasks is not None) != (options.task is not None or options.finish):
         parser.error("--tasks goes with --task or with --finish")
     if options.tasks is not None and options.tasks < 1:
@@ -119,14 +121,14 @@ def _configure_logging(channel: Channel, rank: int) -> None:
             logger.addHandler(_Notices(channel))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str] | None = None) -> int:
     """Run the stage in this process; returns the exit code."""
     die_with_parent()
     should_stop = StopFlag().install()
     channel = Channel.from_environment()
     rank = int(os.environ.get("RANK", "0"))
     _configure_logging(channel, rank)
-    options = _arguments(arguments)
+    options = arguments(given)
     directory: list[Path] = []
     try:
         should_stop.stop_at = stop_time.stop_at()
@@ -202,7 +204,7 @@ def _work(
     root = options.root.resolve()
     known = identities(recipe, root)
     identity = known[options.stage]
-    if options.fingerprint not in (None, identity.fingerprint):
+    if options.fingerprint is not None and not identity.fingerprint.startswith(options.fingerprint):
         raise StageError(
             f"{recipe.path}: it, or a file that it names, changed since the run began; run it again"
         )
@@ -334,7 +336,7 @@ def _run(
         recipe_directory=start.recipe.directory,
         task_index=task_index,
         task_count=task_count,
-        processes=head.launch.processes,
+        processes=int(os.environ.get(PROCESSES_VARIABLE, head.launch.processes)),
         stop_at=start.should_stop.stop_at,
         stalled=partial(_stalled, start.channel, start.run_directory.path),
     )
@@ -346,13 +348,17 @@ def _run(
     return report
 
 
-if __name__ == "__main__":
-    exit_code = main()
+def leave(code: int) -> NoReturn:
+    """End this process with the code."""
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     except OSError:
-        exit_code = exit_code or USER_ERROR
-    if exit_code != DONE:
-        os._exit(exit_code)  # threads of a failed stage must not keep the process
-    sys.exit(exit_code)
+        code = code or USER_ERROR
+    if code != DONE:
+        os._exit(code)  # threads of a failed stage must not keep the process
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

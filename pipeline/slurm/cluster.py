@@ -25,7 +25,7 @@ Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
 _OPTION = re.compile(r"^--([a-z][a-z-]+)(=[^\x00-\x1f\x7f]+)?$")
 # What submit itself says of a job: an option again would contradict it, or break the chain of stages.
 _OWN_OPTIONS = frozenset(
-    "account array begin chdir comment constraint cpus-per-task dependency error exclude exclusive export gres "
+    "account array begin chdir comment constraint cpus-per-task dependency error exclude export gres "
     "gpus gpus-per-node gpus-per-task job-name kill-on-invalid-dep mem nodes no-requeue ntasks "
     "ntasks-per-node open-mode output parsable partition qos requeue reservation signal time wait wrap".split()
 )
@@ -229,8 +229,16 @@ class Cluster(Frozen):
                 )
 
 
+FOLDER = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
+
+
 def load(path: Path) -> Cluster:
-    """Read a cluster file (YAML; `extends:` works as in recipes). Raises StageError, one line a mistake."""
+    """Read a cluster file (YAML; `extends:` works as in recipes). Raises StageError, one line a mistake.
+
+    A name alone ("a100_8x8") means the file of that name in slurm/clusters.
+    """
+    if not path.is_file() and path == Path(path.name) and (FOLDER / f"{path}.yaml").is_file():
+        path = FOLDER / f"{path}.yaml"
     source = recipe_source.read(path, what="cluster file")
     try:
         return Cluster.model_validate(source.values)
