@@ -207,14 +207,13 @@ def _words(message: str) -> str:
     return re.sub(r"[0-9]+", "#", re.sub(r"\bon \S+:", "on a node:", message))
 
 
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _arguments(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipeline.slurm.attempt", description=__doc__)
     parser.add_argument("what", choices=["begin", "end"])
     parser.add_argument("--failures", type=int, default=Limits.failures)
     parser.add_argument("--starts", type=int, default=Limits.starts)
     parser.add_argument("--code", type=int, default=0, help="srun's")
-    parser.add_argument("worker", nargs=argparse.REMAINDER, help="-- and the arguments of pipeline.worker")
-    return parser.parse_args(arguments)
+    return parser.parse_args(given)
 
 
 def stage_directory(options: argparse.Namespace) -> Path:
@@ -234,10 +233,10 @@ def stage_directory(options: argparse.Namespace) -> Path:
     return run.directory
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Sequence[str]) -> int:
     """Returns the exit code."""
-    options = _arguments(arguments)
-    own = worker.arguments(options.worker[1:])
+    middle = given.index("--")
+    options, own = _arguments(given[:middle]), worker.arguments(given[middle + 1 :])
     limits, start = Limits(options.failures, options.starts), Start.of(os.environ)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # the batch script reads the directory and nothing else
@@ -258,4 +257,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
