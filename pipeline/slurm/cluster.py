@@ -164,7 +164,10 @@ class Cluster(Frozen):
         default=None, description="fast disk of a node, for what may be lost: TMPDIR of the job"
     )
     save_s: int = Field(
-        default=300, ge=30, le=65535, description="seconds before the time limit at which a job is told to save"
+        default=300,
+        ge=30,
+        le=65535,
+        description="seconds before the time limit at which a job is told to save",
     )
     restarts: Restarts = Restarts()
     sbatch_options: tuple[Line, ...] = Field(

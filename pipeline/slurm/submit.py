@@ -117,7 +117,9 @@ def submit(request: Request) -> list[Sent]:
         with FileLock(folder / "submit.lock", timeout=LOCK_WAIT_S):
             return _Submission(request, run, cluster).send(chosen)
     except Timeout:
-        raise StageError(f"{folder}: another `tandem submit` of this recipe is at work; wait for it") from None
+        raise StageError(
+            f"{folder}: another `tandem submit` of this recipe is at work; wait for it"
+        ) from None
 
 
 def place(run: RunView) -> Path:
@@ -227,9 +229,7 @@ class _Submission:
         tasks = begun if begun is not None else self.cluster.data_placement(stage.name).tasks
         return tasks if tasks > 1 or begun is not None else None
 
-    def _array(
-        self, stage: StageRun, found: StageJobs, after: list[int], renewed: bool, tasks: int
-    ) -> Sent:
+    def _array(self, stage: StageRun, found: StageJobs, after: list[int], renewed: bool, tasks: int) -> Sent:
         """Tasks that are neither done nor under way, and the job that joins them all."""
         live_arrays = [job for _, job in found.tasks if job.live]
         live_finish = [job for job in found.finish if job.live]
