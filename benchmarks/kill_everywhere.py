@@ -4,10 +4,9 @@
     python -m benchmarks.kill_everywhere --short          # some of them
     python -m benchmarks.kill_everywhere --every-write    # each of some thousand writes: hours
 
-Of a file, the first, the middle and the last write. Two CPU ranks train a small COOKIE for 20 steps with a checkpoint every 3. In each case one rank is killed,
-the other with it, and the run is started again to its end; model.safetensors must be that of a run without a
-kill.
-Exits with 1 when one is not.
+Two CPU ranks train a small COOKIE for 20 steps with a checkpoint every 3. In each case one rank is killed, at
+a step or at the first, the middle or the last write of a file, and the other with it; then the run is started
+again to its end. model.safetensors must be that of a run without a kill; exits with 1 when one is not.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`tandem status`: the rows of the run directories, joined with SLURM's where jobs were sent; once or on and on."""
+"""`tandem status`: the rows of the run directories, joined with SLURM's where jobs were sent; or --watch."""
 
 import time
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """One task of srun: a rank of a stage. `python -m pipeline.slurm.rank <arguments of pipeline.worker>`.
 
-Rank and place come from SLURM's variables, the rendezvous from slurm/stage.sbatch. A rank that stopped because
-it was asked to ends with 0, so that srun lets the others save too; log/stopped.json tells it apart from done.
+Rank and place come from SLURM's variables, the rendezvous from slurm/stage.sbatch. A rank that stopped as
+it was asked to ends with 0, so that srun lets the others save too; log/stopped.json says what it was.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""`tandem submit` and `tandem cancel`: one job a stage, chained; what is done or under way is not sent again."""
+"""`tandem submit` and `tandem cancel`: one job a stage, chained; what is done or under way is not sent."""
 
 import hashlib
 import json
@@ -87,13 +87,13 @@ def jobs_of(run: RunView, stage: StageRun, known: Sequence[QueuedJob]) -> StageJ
     starts = {str(row.get("job")) for row in Ledger(stage.directory).rows()[-2:]}
     whole, tasks, finish = [], [], []
     for job in known:
-        own, _, rest = job.comment.partition(" ")
-        if own != base:
+        rest = job.comment.removeprefix(base)
+        if not job.comment.startswith(base):
             if not job.comment.startswith("tandem:") and str(job.id) in starts:
                 whole.append(job)
-        elif rest.startswith("tasks+"):
-            tasks.append((int(rest.removeprefix("tasks+")), job))
-        elif rest == "finish":
+        elif rest.startswith("/tasks+"):
+            tasks.append((int(rest.removeprefix("/tasks+")), job))
+        elif rest == "/finish":
             finish.append(job)
         else:
             whole.append(job)
@@ -304,7 +304,7 @@ class _Submission:
             if stage.distributed
             else self.cluster.data_placement(stage.name)
         )
-        what = {"whole": "", "tasks": f" tasks+{offset}", "finish": " finish"}[part]
+        what = {"whole": "", "tasks": f"/tasks+{offset}", "finish": "/finish"}[part]
         return JobSpec(
             name=f"{self.run.name}.{stage.name}",
             comment=marker(self.run, stage) + what,
