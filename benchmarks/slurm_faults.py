@@ -6,8 +6,8 @@
 
 A private cluster on this machine (tests/slurm_cluster.py: slurmctld, slurmd, munge; GPUs are simulated, gloo
 and the CPU compute). Training runs as 2 ranks on 2 nodes. Each row is one `tandem submit`, brought to its end
-through one fault; it survives when every stage is done, none was done twice, and finetune/out/model.safetensors
-has the sha256 of a run by `tandem run` with 2 processes. Exits with 1 when one does not.
+through one fault; it survives when every stage is done, none was done twice, and the fine-tuned model's file
+has the sha256 of that of `tandem run` with 2 processes. Exits with 1 when one does not.
 """
 
 import argparse

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.slurm.attempt import Ledger
 from tests.pipeline_harness import TINY, command, environment, write_recipe
 from tests.slurm_cluster import SlurmCluster
 
@@ -67,8 +68,7 @@ class Desk:
 
     def attempts(self, stage: str) -> list[dict[str, Any]]:
         """How each start of the stage ended."""
-        lines = (self.directory(stage) / "log" / "attempts.jsonl").read_text().splitlines()
-        return [row for row in map(json.loads, lines) if row["event"] == "end"]
+        return [row for row in Ledger(self.directory(stage)).rows() if row["event"] == "end"]
 
 
 @pytest.fixture

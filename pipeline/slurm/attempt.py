@@ -89,7 +89,8 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         row = {"event": event, **asdict(start), "time": time.time(), **values}
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            # in front too: a power cut may have left half a line
+            stream.write("\n" + json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def begin(directory: Path, task: int | None, start: Start, limits: Limits) -> None:
