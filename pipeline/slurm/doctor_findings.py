@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.slurm.doctor_checks import FAILURE, OK, WARNING, Finding, State
@@ -76,7 +76,7 @@ def _gpus(report: Report) -> Iterator[Finding]:
         seen = f"{_hosts(short)}: {len(short[0]['gpus'])} GPUs for {tasks[short[0]['host']]} tasks"
         yield Finding("GPUs", FAILURE, seen, "start one task a GPU: --ntasks-per-node as in --gres")
         return
-    kinds = _by_value({rank["host"]: _counted(rank["gpus"]) for rank in ranks})
+    kinds = _by_value((rank["host"], _counted(rank["gpus"])) for rank in ranks)
     if len(kinds) > 1:
         yield Finding(
             "GPUs", WARNING, _told(kinds), "the slowest sets the pace: ask for nodes that are alike"
@@ -93,7 +93,7 @@ def _versions(report: Report) -> Finding:
     names = dict.fromkeys(name for rank in report["ranks"] for name in rank["versions"])
     unlike = []
     for name in names:
-        values = _by_value({rank["host"]: rank["versions"].get(name, "none") for rank in report["ranks"]})
+        values = _by_value((rank["host"], rank["versions"].get(name, "none")) for rank in report["ranks"])
         if len(values) > 1:
             unlike.append(f"{name}: {_told(values)}")
     if unlike:
@@ -123,15 +123,14 @@ def _disks(report: Report) -> Iterator[Finding]:
 
 def _clocks(report: Report) -> Finding:
     """Only what is surely an offset counts: less the bound of its measurement."""
-    clocks = report["clocks"]
-    sure = {host: max(0.0, abs(clock["offset_s"]) - clock["bound_s"]) for host, clock in clocks.items()}
-    first = next(iter(clocks))
-    others = {host: clocks[host] for host in clocks if host != first}
-    if not others:
+    first = report["ranks"][0]["host"]
+    clocks = {host: clock for host, clock in report["clocks"].items() if host != first}
+    if not clocks:
         return Finding("clocks", OK, "one node, one clock")
+    sure = {host: abs(clock["offset_s"]) - clock["bound_s"] for host, clock in clocks.items()}
     late = {host: clocks[host]["offset_s"] for host in clocks if sure[host] > CLOCK_WARNING_S}
     if not late:
-        worst = max(others, key=lambda host: abs(others[host]["offset_s"]))
+        worst = max(clocks, key=lambda host: abs(clocks[host]["offset_s"]))
         offset_s, bound_s = clocks[worst]["offset_s"], clocks[worst]["bound_s"]
         return Finding("clocks", OK, f"{worst} is off by {offset_s:+.6f} s (± {bound_s:.6f} s) to {first}")
     seen = ", ".join(f"{host} {offset_s:+.3f} s" for host, offset_s in late.items())
@@ -192,22 +191,21 @@ def _pairs(report: Report) -> Finding:
     named = ", ".join(f"{pair['a']} - {pair['b']} {pair['gb_per_s']:.2f} GB/s" for pair in slow or pairs[:1])
     if not slow:
         return Finding("pairs", OK, f"{seen}, slowest {named}")
-    often = _by_value({f"{number}{end}": pair[end] for number, pair in enumerate(slow) for end in "ab"})
-    suspect = max(often, key=lambda name: len(often[name]))
-    remedy = f"look at the links of {suspect} first: it is in {len(often[suspect])} of these {len(slow)}"
+    (suspect, times), *_ = Counter(pair[end] for pair in slow for end in "ab").most_common(1)
+    remedy = f"look at the links of {suspect} first: it is in {times} of these {len(slow)}"
     return Finding("pairs", WARNING, f"{seen}, slow: {named}", remedy)
 
 
-def _by_value(values: Mapping[str, str]) -> dict[str, list[str]]:
-    """Who has each value, the most common value first."""
+def _by_value(values: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Who has each value, of (name, value) a rank; the most common value first."""
     groups: dict[str, list[str]] = defaultdict(list)
-    for name, value in values.items():
+    for name, value in values:
         groups[value].append(name)
     return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 
 
 def _told(groups: Mapping[str, Sequence[str]]) -> str:
-    return "; ".join(f"{value} on {', '.join(names)}" for value, names in groups.items())
+    return "; ".join(f"{value} on {', '.join(dict.fromkeys(names))}" for value, names in groups.items())
 
 
 def _hosts(ranks: Sequence[Report]) -> str:

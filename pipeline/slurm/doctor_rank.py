@@ -68,13 +68,20 @@ class Doctor:
     def _together(self, step: str, work: Any, limit_s: float | None = None) -> list[Outcome]:
         """One step; what went wrong in it goes to the report."""
         self.report["step"] = step
-        outcomes = self.meeting.together(step, work, limit_s or self.options.patience_s)
+        try:
+            outcomes = self.meeting.together(step, work, limit_s or self.options.patience_s)
+        except RanksMissingError as missing:
+            self._note_errors(step, missing.outcomes)
+            raise
+        self._note_errors(step, outcomes)
+        return outcomes
+
+    def _note_errors(self, step: str, outcomes: Sequence[Outcome | None]) -> None:
         for rank, outcome in enumerate(outcomes):
-            if outcome.error is not None:
+            if outcome is not None and outcome.error is not None:
                 host = self.hosts[rank] if self.hosts else None
                 error = {"step": step, "rank": rank, "host": host, "message": outcome.error}
                 self.report["errors"].append(error)
-        return outcomes
 
     def _of_leaders(self, step: str, work: Any, *arguments: Any) -> dict[str, Any]:
         """A step of one rank a node: each host's value, less those where it failed."""
@@ -117,6 +124,8 @@ class Doctor:
         texts = self._of_leaders(
             "write a file", lambda: probes.write_own(folder, self.hosts[self.meeting.rank])
         )
+        if not texts:
+            return  # no node could write: the errors say why
         self.report["files"] = self._of_leaders(
             "read the files",
             probes.read_others,

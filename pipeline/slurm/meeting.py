@@ -22,12 +22,13 @@ class Outcome:
 
 
 class RanksMissingError(Exception):
-    """Ranks that did not answer in a step."""
+    """Some ranks did not answer in a step: `outcomes` has None for them."""
 
-    def __init__(self, step: str, ranks: list[int], waited_s: float):
-        named = ", ".join(map(str, ranks))
+    def __init__(self, step: str, outcomes: list[Outcome | None], waited_s: float):
+        self.step, self.outcomes = step, outcomes
+        self.ranks = [rank for rank, outcome in enumerate(outcomes) if outcome is None]
+        named = ", ".join(map(str, self.ranks))
         super().__init__(f"step '{step}': no answer from rank {named} in {waited_s:.0f} s")
-        self.step, self.ranks = step, ranks
 
 
 class Meeting:
@@ -83,10 +84,10 @@ class Meeting:
             content = json.loads(self._store.get(f"{step}/all"))
         except RuntimeError as error:
             raise ConnectionError(f"step '{step}': rank 0 is gone ({error})") from None
-        missing = [rank for rank, outcome in enumerate(content) if outcome is None]
-        if missing:
-            raise RanksMissingError(step, missing, waited_s)
-        return [Outcome(**outcome) for outcome in content]
+        outcomes = [None if outcome is None else Outcome(**outcome) for outcome in content]
+        if None in outcomes:
+            raise RanksMissingError(step, outcomes, waited_s)
+        return [outcome for outcome in outcomes if outcome is not None]
 
     def leave(self) -> None:
         """Say that this rank needs nothing more; rank 0, which serves the others, waits for that a moment."""
