@@ -13,7 +13,7 @@ import pytest
 from pipeline.slurm.doctor_checks import Finding
 from pipeline.slurm.doctor_findings import GIB, job_findings
 from pipeline.slurm.doctor_probes import clock_offset, ping_pong, time_server, tournament
-from pipeline.slurm.meeting import Meeting, Outcome
+from pipeline.slurm.meeting import Meeting, Outcome, RanksMissingError
 
 Report = dict[str, Any]
 
@@ -208,7 +208,7 @@ def test_a_step_that_hangs_or_raises_on_one_rank_is_an_error_that_all_ranks_see(
     port, released, seen = _free_port(), threading.Event(), {}
 
     def fail() -> None:
-        raise OSError("the disk is gone")
+        raise TimeoutError("the disk is gone")
 
     def take_part(rank: int) -> None:
         meeting = Meeting(rank, 2, "127.0.0.1", port, join_s=10)
@@ -231,11 +231,19 @@ def test_a_step_that_hangs_or_raises_on_one_rank_is_an_error_that_all_ranks_see(
         == seen[1]
         == [
             [Outcome(0), Outcome(1)],
-            [Outcome(error="OSError: the disk is gone"), Outcome(1)],
-            [Outcome(0), Outcome(error="not done in 0 s")],
+            [Outcome(error="TimeoutError: the disk is gone"), Outcome(1)],
+            [Outcome(0), Outcome(error="not done in 0.3 s")],
             [Outcome(0), Outcome(error="not tried: this rank hangs in an earlier step")],
         ]
     )
+
+
+def test_a_rank_that_never_comes_is_named_in_bounded_time() -> None:
+    meeting, began = Meeting(0, 2, "127.0.0.1", _free_port(), join_s=10), time.monotonic()
+    with pytest.raises(RanksMissingError, match="step 'say': no answer from rank 1") as caught:
+        meeting.together("say", lambda: "here", 0.2)
+    assert caught.value.outcomes == [Outcome("here"), None]
+    assert time.monotonic() - began < 10
 
 
 def test_a_rank_that_finds_no_rank_0_says_where_it_looked() -> None:

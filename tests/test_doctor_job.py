@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.slurm import doctor_rank
 from pipeline.slurm.doctor_checks import Finding
 from pipeline.slurm.doctor_findings import job_findings
 from tests.pipeline_harness import REPOSITORY, environment
@@ -151,12 +152,19 @@ def test_on_one_node_the_pairs_are_of_ranks(tmp_path: Path) -> None:
     assert "failure" not in {finding.state for finding in job_findings(report) if finding.check != "disk"}
 
 
-def test_a_missing_variable_is_named(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pipeline.slurm.doctor_rank", "--directory", tmp_path],
-        env={name: value for name, value in environment().items() if name != "RANK"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "'RANK': set RANK, WORLD_SIZE" in done.stderr
+def test_a_missing_variable_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert doctor_rank.main(["--directory", str(tmp_path)]) == 2
+    assert "'RANK': set RANK, WORLD_SIZE" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for name, value in zip(doctor_rank.VARIABLES, ("0", "1", "0", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert doctor_rank.main(["--directory", str(tmp_path / "file" / "runs")]) == 1
+    assert f"{tmp_path}/file/runs" in capsys.readouterr().err

@@ -87,6 +87,7 @@ def test_a_closed_partition_is_a_failure(slurm: SlurmCluster) -> None:
     assert (finding.state, finding.seen) == ("failure", "State=DOWN")
 
 
+@pytest.mark.slow
 def test_a_dead_controller_is_a_finding_and_no_crash(slurm: SlurmCluster) -> None:
     slurm.kill_controller()
     finding = _checked(slurm, {"gpu": FITTING})["slurmctld"]

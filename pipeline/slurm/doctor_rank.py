@@ -16,8 +16,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ REPORT = "doctor.json"
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 FILES_APPEAR_S = 10.0  # caches of network file systems hold names back for some seconds
 GB = 1e9
+
+Work = Callable[[], Any]
 
 
 @dataclass
@@ -57,15 +59,14 @@ class Doctor:
 
     def examine(self) -> None:
         """All steps. Raises RanksMissingError and ConnectionError as `Meeting.together`."""
-        with ExitStack() as stack:
-            self._hello()
-            self._clocks(stack)
-            self.write()
-            self._files(stack)
-            self.write()
-            self._network()
+        self._hello()
+        self._clocks()
+        self.write()
+        self._files()
+        self.write()
+        self._network()
 
-    def _together(self, step: str, work: Any, limit_s: float | None = None) -> list[Outcome]:
+    def _together(self, step: str, work: Work, limit_s: float | None = None) -> list[Outcome]:
         """One step; what went wrong in it goes to the report."""
         self.report["step"] = step
         try:
@@ -83,9 +84,9 @@ class Doctor:
                 error = {"step": step, "rank": rank, "host": host, "message": outcome.error}
                 self.report["errors"].append(error)
 
-    def _of_leaders(self, step: str, work: Any, *arguments: Any) -> dict[str, Any]:
+    def _of_leaders(self, step: str, work: Work) -> dict[str, Any]:
         """A step of one rank a node: each host's value, less those where it failed."""
-        outcomes = self._together(step, partial(work, *arguments) if self.leads else _nothing)
+        outcomes = self._together(step, work if self.leads else _nothing)
         values = {host: outcomes[rank] for host, rank in self.leaders.items()}
         return {host: outcome.value for host, outcome in values.items() if outcome.error is None}
 
@@ -110,32 +111,26 @@ class Doctor:
         if _failed(outcomes):
             raise _EndedError
 
-    def _clocks(self, stack: ExitStack) -> None:
-        rank = self.meeting.rank
-        port = stack.enter_context(probes.time_server()) if rank == 0 else None
-        ports = self._together("clock server", lambda: port)
-        measure = partial(probes.clock_offset, self.master, ports[0].value, self.options.patience_s / 2)
-        self.report["clocks"] = self._of_leaders("clocks", measure)
+    def _clocks(self) -> None:
+        with probes.time_server() if self.meeting.rank == 0 else nullcontext() as port:
+            ports = self._together("clock server", lambda: port)
+            patience_s = self.options.patience_s / 2  # an answer that never comes is an error, not a hang
+            measure = partial(probes.clock_offset, self.master, ports[0].value, patience_s)
+            self.report["clocks"] = self._of_leaders("clocks", measure)
 
-    def _files(self, stack: ExitStack) -> None:
+    def _files(self) -> None:
         token = self._together("folder", lambda: uuid.uuid4().hex[:8])[0].value
         folder = self.options.directory / f"doctor-{token}"
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        texts = self._of_leaders(
-            "write a file", lambda: probes.write_own(folder, self.hosts[self.meeting.rank])
-        )
+        here, appear_s = self.hosts[self.meeting.rank], min(FILES_APPEAR_S, self.options.patience_s / 2)
+        texts = self._of_leaders("write a file", partial(probes.write_own, folder, here))
         if not texts:
             return  # no node could write: the errors say why
-        self.report["files"] = self._of_leaders(
-            "read the files",
-            probes.read_others,
-            folder,
-            texts,
-            min(FILES_APPEAR_S, self.options.patience_s / 2),
-        )
+        read = partial(probes.read_others, folder, texts, appear_s)
+        self.report["files"] = self._of_leaders("read the files", read)
         self.report["locks"] = []
         for holder in list(self.leaders)[:2] if len(self.leaders) > 1 else ():
             self._lock(folder / f"lock-of-{holder}", holder)
+        self._of_leaders("remove the files", partial(shutil.rmtree, folder, ignore_errors=True))
 
     def _lock(self, path: Path, holder: str) -> None:
         """`holder` takes a lock; do the other nodes see that?"""
@@ -239,7 +234,10 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--join-s", type=float, default=180.0, help="how long ranks may take to start")
     parser.add_argument("--patience-s", type=float, default=60.0, help="how long one step may take")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.bytes < 1:
+        parser.error(f"--bytes {options.bytes}: give 1 or more")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -255,12 +253,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     report: dict[str, Any] = {"complete": False, "world_size": ranks, "missing": [], "errors": []}
     report["started_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    if rank == 0:
-        options.directory.mkdir(parents=True, exist_ok=True)
-        (options.directory / REPORT).unlink(missing_ok=True)  # an earlier one must not pass for this one's
     try:
+        if rank == 0:
+            options.directory.mkdir(parents=True, exist_ok=True)
+            (options.directory / REPORT).unlink(
+                missing_ok=True
+            )  # an earlier one must not pass for this one's
         meeting = Meeting(rank, ranks, master, port, options.join_s)
-    except ConnectionError as error:
+    except OSError as error:  # ConnectionError is one too
         print(f"doctor: {error}", file=sys.stderr)
         return 1
     doctor = Doctor(meeting, options, master, local_rank, report)

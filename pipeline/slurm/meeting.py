@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -28,7 +27,7 @@ class RanksMissingError(Exception):
         self.step, self.outcomes = step, outcomes
         self.ranks = [rank for rank, outcome in enumerate(outcomes) if outcome is None]
         named = ", ".join(map(str, self.ranks))
-        super().__init__(f"step '{step}': no answer from rank {named} in {waited_s:.0f} s")
+        super().__init__(f"step '{step}': no answer from rank {named} in {waited_s:g} s")
 
 
 class Meeting:
@@ -50,7 +49,7 @@ class Meeting:
         except (RuntimeError, ValueError) as error:
             what = "cannot serve at" if rank == 0 else "does not reach rank 0 at"
             raise ConnectionError(
-                f"rank {rank} {what} {host}:{port} in {join_s:.0f} s ({error}); see that rank 0 lives, that "
+                f"rank {rank} {what} {host}:{port} in {join_s:g} s ({error}); see that rank 0 lives, that "
                 "nodes may talk to each other at any port, and that MASTER_PORT is free"
             ) from None
 
@@ -101,13 +100,14 @@ class Meeting:
     def _bounded(self, work: Callable[[], Any], limit_s: float) -> Outcome:
         if self._stuck:
             return Outcome(error="not tried: this rank hangs in an earlier step")
-        try:
-            return Outcome(value=self._worker.submit(work).result(limit_s))
-        except FutureTimeoutError:
+        future = self._worker.submit(work)
+        if not wait([future], limit_s).done:  # result(limit_s) would not tell this from a TimeoutError in it
             self._stuck = True
-            return Outcome(error=f"not done in {limit_s:.0f} s")
-        except Exception as error:  # whatever it is, the other ranks must hear of it
+            return Outcome(error=f"not done in {limit_s:g} s")
+        error = future.exception()
+        if error is not None:
             return Outcome(error=f"{type(error).__name__}: {error}")
+        return Outcome(value=future.result())
 
     def _collect(self, step: str, wait_s: float) -> list[Any]:
         """Each rank's answer; None where none came in time."""
