@@ -32,9 +32,11 @@ REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "demo.yaml"
 STAGES = ("filter", "crawl", "shard", "pretrain_1", "pretrain_2", "finetune", "evaluate")
 SHORT = (
-    "stages.filter.best_per_query=2",
     "model.vision.image_px=96",
-    "stages.pretrain_1.epochs=6",
+    "stages.shard.splits=[{name: unseen_concept, by: concept, share: 0.7}, "
+    "{name: unseen_vendor, by: vendor, values: [noto]}, {name: val, share: 0.04}, {name: train}]",
+    "stages.evaluate.galleries=[{name: val, split: val, texts: [title], relevance: concept}]",
+    "stages.pretrain_1.epochs=8",
     "stages.pretrain_1.checkpoint.every_steps=5",
     "stages.pretrain_1.log_every_steps=1",
     "stages.pretrain_1.stall_limit_s=10",
