@@ -311,3 +311,35 @@ def test_submit_and_status_are_quick(desk: Callable[..., Desk]) -> None:
     assert between.children_user + between.children_system - before.children_user - before.children_system < 2
     assert after.children_user + after.children_system - between.children_user - between.children_system < 1
     time.sleep(1)  # slurmctld is not to be killed within a second of a job's start
+
+
+def test_doctor_examines_a_whole_cluster(desk: Callable[..., Desk]) -> None:
+    cluster = CLUSTER.replace("nodes: 1, gpus_per_node: 2", "nodes: 2, gpus_per_node: 1")
+    user = desk(cluster=cluster)
+    done = subprocess.run(
+        command("doctor", "--cluster", user.cluster, "--json"),
+        cwd=user.folder,
+        env=environment() | {**user.slurm.environment, "PYTHONPATH": environment()["PYTHONPATH"]},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    findings = {finding["check"]: finding for finding in json.loads(done.stdout)}
+    bad = [one for one in findings.values() if one["state"] == "failure" and one["check"] != "disk"]
+    assert not bad, done.stderr
+    assert {"all-reduce", "locks", "clocks"} <= set(findings), sorted(findings)
+
+
+def test_doctor_names_what_a_partition_lacks(desk: Callable[..., Desk]) -> None:
+    user = desk(cluster=CLUSTER.replace("nodes: 1, gpus_per_node: 2", "nodes: 9, gpus_per_node: 16"))
+    done = subprocess.run(
+        command("doctor", "--cluster", user.cluster),
+        cwd=user.folder,
+        env=environment() | {**user.slurm.environment, "PYTHONPATH": environment()["PYTHONPATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "failure" in done.stdout
+    assert not user.slurm.run("squeue", "--noheader").strip()
