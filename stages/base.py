@@ -66,6 +66,10 @@ class StageConfig(Frozen):
         """Roles that need no input, as a field names what they read."""
         return frozenset()
 
+    def ranks_wanted(self) -> int | None:
+        """How many ranks the config is written for; None: any number."""
+        return None
+
     def what_counts(self, field: str, path: Path) -> str | None:
         """Of a file of `files()`: what enters the fingerprint in place of its content; None: the content."""
         return None

@@ -275,6 +275,13 @@ def test_bad_requests_are_told_before_anything_is_sent(desk: Callable[..., Desk]
     assert "the recipe has no such stage; did you mean 'train'" in user.tandem(
         "submit", "--cluster", user.cluster, code=2
     )
+    user.cluster.write_text(CLUSTER)
+    write_recipe(user.folder, train(ranks=3))
+    assert (
+        "stage 'train' would have 1 nodes × 2 GPUs = 2 ranks; its contrastive_batch / batch_per_gpu is 3"
+        in (user.tandem("submit", "--cluster", user.cluster, code=2))
+    )
+    write_recipe(user.folder)
     user.cluster.write_text(CLUSTER.replace("partition: cpu", "partition: nowhere"))
     said = user.tandem("submit", "--cluster", user.cluster, code=2)
     assert "stage numbers: sbatch: " in said

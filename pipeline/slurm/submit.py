@@ -106,6 +106,7 @@ def submit(request: Request) -> list[Sent]:
     run = view(request.recipe, request.root, request.overrides)
     cluster.check_stages({stage.name: stage.distributed for stage in run.stages}, request.cluster)
     chosen = _chosen(run, request.first)
+    _check_ranks(chosen, cluster, request.cluster)
     absent = [f"stages.{s.name}: {path} is not there" for s in chosen if not s.done for path in s.absent]
     if absent:
         raise StageError("\n".join([*absent, "make it, or name another file in the recipe"]))
@@ -120,6 +121,22 @@ def submit(request: Request) -> list[Sent]:
         raise StageError(
             f"{folder}: another `tandem submit` of this recipe is at work; wait for it"
         ) from None
+
+
+def _check_ranks(chosen: Sequence[StageRun], cluster: Cluster, path: Path) -> None:
+    """A batch that does not fit the ranks is told now, not when the job starts, days later."""
+    for stage in chosen:
+        if stage.done or not stage.distributed or stage.ranks_wanted is None:
+            continue
+        placement = cluster.train_placement(stage.name)
+        ranks = placement.nodes * placement.gpus_per_node
+        if ranks != stage.ranks_wanted:
+            raise StageError(
+                f"{path}: stage '{stage.name}' would have {placement.nodes} nodes × "
+                f"{placement.gpus_per_node} GPUs = {ranks} ranks; its contrastive_batch / batch_per_gpu is "
+                f"{stage.ranks_wanted}: change "
+                "the recipe, or nodes and gpus_per_node of `train` or of this stage"
+            )
 
 
 def place(run: RunView) -> Path:

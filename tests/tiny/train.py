@@ -33,6 +33,10 @@ class Config(StageConfig):
     fail_rank: int = 0
     fail_step: int = 1
     fail_times: int = 1
+    ranks: int | None = None
+
+    def ranks_wanted(self) -> int | None:
+        return self.ranks
 
 
 def run(config: Config, job: Job) -> Report:
