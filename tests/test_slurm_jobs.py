@@ -219,34 +219,33 @@ def test_by_hand(desk: Callable[..., Desk]) -> None:
 
 
 def test_an_array_runs_again_what_failed_alone(desk: Callable[..., Desk]) -> None:
-    recipe = """
-name: tiny
-tracking: {uri: "off"}
-stages:
-  pieces: {kind: tests.tiny.pieces, broken: broken.txt}
-"""
+    recipe = (
+        "name: tiny\ntracking: {uri: 'off'}\nstages:\n  squares: {kind: tests.tiny.squares, count: 100}\n"
+    )
     cluster = (
         CLUSTER.replace("cpus: 1,", "cpus: 1, tasks: 12, tasks_at_once: 4,") + "restarts: {failures: 0}\n"
     )
     user = desk(recipe=recipe, cluster=cluster)
-    (user.folder / "broken.txt").write_text("3 4 9")
-    assert "12 of 12 tasks" in user.submit()["pieces"]["what"]
-    row = user.wait()["pieces"]
+    broken = (3, 4, 9)
+    for task in broken:
+        (user.folder / f"fail_{task}").write_text("crash")
+    assert "12 of 12 tasks" in user.submit()["squares"]["what"]
+    row = user.wait()["squares"]
     assert (row["state"], row["tasks_done"], row["tasks"]) == ("failed", 9, 12)
-    assert "is told to fail" in row["error"]
-    assert row["error_task"] in (3, 4, 9)
-    (user.folder / "broken.txt").unlink()
-    before = {
-        path.name: path.stat().st_mtime_ns for path in (user.directory("pieces") / "tasks").glob("*.json")
-    }
-    assert "3 of 12 tasks" in user.submit()["pieces"]["what"]
-    assert user.wait()["pieces"]["state"] == "done"
-    after = {
-        path.name: path.stat().st_mtime_ns for path in (user.directory("pieces") / "tasks").glob("*.json")
-    }
+    assert "cannot be squared" in row["error"]
+    assert row["error_task"] in broken
+    for task in broken:
+        (user.folder / f"fail_{task}").unlink()
+    tasks = user.directory("squares") / "tasks"
+    before = {path.name: path.stat().st_mtime_ns for path in tasks.glob("*.json")}
+    assert "3 of 12 tasks" in user.submit()["squares"]["what"]
+    assert user.wait()["squares"]["state"] == "done"
+    after = {path.name: path.stat().st_mtime_ns for path in tasks.glob("*.json")}
     assert {name: after[name] for name in before} == before, "what was done is not done again"
-    squares = (user.directory("pieces") / "out/squares.txt").read_text().split()
+    squares = (user.directory("squares") / "out/squares.txt").read_text().split()
     assert squares == [str(number**2) for number in range(100)]
+    made = [line.split()[0] for line in (user.folder / "made.log").read_text().splitlines()]
+    assert len(made) == len(set(made)) == 100
 
 
 def test_a_recipe_that_changed_while_it_waited_is_refused(desk: Callable[..., Desk]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from pipeline import array_tasks
+from pipeline import array_tasks, logs
 from pipeline.recipe_source import nearest
 from pipeline.results import RunView, StageRun, view
 from pipeline.slurm import queue
@@ -184,7 +184,7 @@ class _Submission:
         self.most = USUAL_MAX_ARRAY_SIZE
         try:
             self.known = queue.jobs()
-            if any(stage.splits for stage in run.stages):
+            if any(stage.array for stage in run.stages):
                 self.most = queue.max_array_size()
         except QueueError:
             if not request.dry_run:
@@ -240,7 +240,7 @@ class _Submission:
 
     def _tasks(self, stage: StageRun) -> int | None:
         """Of how many tasks the stage is made; None: one job."""
-        if not stage.splits or stage.distributed:
+        if not stage.array or stage.distributed:
             return None
         begun = array_tasks.count(stage.directory)
         tasks = begun if begun is not None else self.cluster.data_placement(stage.name).tasks
@@ -260,6 +260,9 @@ class _Submission:
                 stage.name, "live", [job.id for job in live_finish], _shown([*live_arrays, *live_finish])
             )
         sent = Sent(stage.name, "submitted")
+        if not self.request.dry_run:
+            for task in missing:  # what they said before is no news while they wait
+                logs.clear_errors(stage.directory, task=task)
         pieces = array_tasks.chunks(missing, self.most)
         waits_for = [] if not live_arrays else sorted({job.array_id for job in live_arrays})
         for offset, indices in pieces:
