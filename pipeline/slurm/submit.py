@@ -157,8 +157,9 @@ def sent_jobs(run: RunView) -> list[dict[str, Any]]:
 
 def cancel(run: RunView) -> list[QueuedJob]:
     """Cancel every live job of the recipe under its root, those that wait first. What runs saves and ends."""
-    live = [job for job in queue.jobs() if job.live and job.comment.startswith(marker(run))]
-    by_hand = [job for stage in run.stages for job in jobs_of(run, stage, queue.jobs()).whole if job.live]
+    known = queue.jobs()
+    live = [job for job in known if job.live and job.comment.startswith(marker(run))]
+    by_hand = [job for stage in run.stages for job in jobs_of(run, stage, known).whole if job.live]
     live += [job for job in by_hand if job.id not in {one.id for one in live}]
     live.sort(key=lambda job: not job.waits)
     queue.cancel(dict.fromkeys(job.array_id for job in live))
