@@ -108,10 +108,12 @@ class Run:
         self._wait(lambda: stage in self.done, 600, f"the end of {stage}")
 
     def finish(self, timeout_s: float = 900) -> None:
-        """Until no job is left."""
-        self._wait(
-            lambda: not self.cluster.run("squeue", "--noheader").strip(), timeout_s, "the end of all jobs"
-        )
+        """Until no job of the pipeline is left."""
+
+        def none_left() -> bool:
+            return "demo." not in self.cluster.run("squeue", "--noheader", "--format=%j")
+
+        self._wait(none_left, timeout_s, "the end of all jobs")
 
     def _wait(self, there: Callable[[], bool], timeout_s: float, what: str) -> None:
         deadline = time.monotonic() + timeout_s
