@@ -11,10 +11,15 @@ from stages.base import StageError
 
 TIMEOUT_S = 60.0
 # Of a job that may still do something.
-LIVE = frozenset(
-    "PENDING CONFIGURING RUNNING SUSPENDED COMPLETING REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESIZING "
-    "SIGNALING STAGE_OUT STOPPED".split()
+_LIVE = (
+    "PENDING CONFIGURING RUNNING SUSPENDED COMPLETING REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT "
+    "RESIZING SIGNALING STAGE_OUT STOPPED"
 )
+LIVE = frozenset(_LIVE.split())
+# SLURM's commands take options from variables too. Those of the shell, or of a job that this runs in, would
+# change what a job is given, hide jobs, or go on to the job's own srun. These say which cluster it is:
+_ITS_VARIABLES = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SCANCEL_", "SACCT_", "SCONTROL_")
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 _FORMAT = "%A|%F|%K|%T|%r|%S|%e|%N|%k"  # the comment last: it alone may hold a '|'
 
 
@@ -68,17 +73,15 @@ class Ended:
 def ask(*command: str | Path, timeout_s: float = TIMEOUT_S) -> str:
     """The output of one of SLURM's commands. Raises QueueError with what it said."""
     name = str(command[0])
-    # Variables would change what a job is given behind the script's back; task lists are to come whole.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SBATCH_")}
-    environment["SLURM_BITSTR_LEN"] = "0"
     try:
         done = subprocess.run(
             [str(part) for part in command],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # other jobs of the user may have any bytes in their comments
             timeout=timeout_s,
             check=False,
-            env=environment,
+            env=_environment(),
         )
     except FileNotFoundError:
         raise QueueError(f"{name} is not there: run this on a login node of the cluster") from None
@@ -88,6 +91,15 @@ def ask(*command: str | Path, timeout_s: float = TIMEOUT_S) -> str:
         said = (done.stderr or done.stdout).strip()
         raise QueueError(f"{name}: {said or f'exit code {done.returncode}'}")
     return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_ITS_VARIABLES) or name in _OF_THE_CLUSTER
+    }
+    return kept | {"SLURM_BITSTR_LEN": "0"}  # task lists are to come whole
 
 
 def jobs(ids: Sequence[int] = ()) -> list[QueuedJob]:
@@ -131,9 +143,9 @@ def ended(id_: int) -> Ended | None:
     """How a job ended: from scontrol while it knows it, else from sacct; None where neither does."""
     try:
         text = ask("scontrol", "--oneliner", "show", "job", str(id_))
-        found = dict(re.findall(r"(JobState|ExitCode|Reason)=(\S+)", text.splitlines()[0] if text else ""))
+        found = re.search(r" JobState=(\S+) Reason=(.*?) Dependency=.*? ExitCode=(\S+)", text)
         if found:
-            return Ended(found["JobState"], found["ExitCode"], found.get("Reason", ""))
+            return Ended(found[1], found[3], found[2])
     except QueueError:
         pass  # slurmctld forgets a job after MinJobAge
     try:
