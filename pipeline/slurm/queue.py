@@ -86,7 +86,7 @@ def ask(*command: str | Path, timeout_s: float = TIMEOUT_S) -> str:
     except FileNotFoundError:
         raise QueueError(f"{name} is not there: run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise QueueError(f"{name} gave no answer within {timeout_s:.0f} s: is slurmctld up?") from None
+        raise QueueError(f"{name} gave no answer within {timeout_s:g} s: is slurmctld up?") from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip()
         raise QueueError(f"{name}: {said or f'exit code {done.returncode}'}")
@@ -142,10 +142,11 @@ def cancel(ids: Iterable[int]) -> None:
 def ended(id_: int) -> Ended | None:
     """How a job ended: from scontrol while it knows it, else from sacct; None where neither does."""
     try:
-        text = ask("scontrol", "--oneliner", "show", "job", str(id_))
-        found = re.search(r" JobState=(\S+) Reason=(.*?) Dependency=.*? ExitCode=(\S+)", text)
-        if found:
-            return Ended(found[1], found[3], found[2])
+        text = ask("scontrol", "show", "job", str(id_))
+        state = re.search(r"^ +JobState=(\S+) Reason=(.*) Dependency=", text, re.MULTILINE)
+        code = re.search(r"^ +Requeue=.* ExitCode=(\S+)$", text, re.MULTILINE)
+        if state and code:
+            return Ended(state[1], code[1], state[2])
     except QueueError:
         pass  # slurmctld forgets a job after MinJobAge
     try:
