@@ -25,14 +25,6 @@ data: {partition: cpu, cpus: 2, time_limit: '01:00:00', tasks: 10000, tasks_at_o
 """
 
 
-@pytest.fixture
-def client(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
-    """The cluster, with this process as its user."""
-    for name in ("SLURM_CONF", "PATH"):
-        monkeypatch.setenv(name, slurm.environment[name])
-    return slurm
-
-
 def test_10_000_tasks_are_planned_under_the_clusters_max_array_size(
     client: SlurmCluster, tmp_path: Path
 ) -> None:

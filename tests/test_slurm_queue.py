@@ -13,18 +13,6 @@ from tests.slurm_cluster import SlurmCluster, missing
 from tests.test_slurm_arrays import CLUSTER, RECIPE
 
 
-def use(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
-    """Make this process a user of the cluster."""
-    for name in ("SLURM_CONF", "PATH"):
-        monkeypatch.setenv(name, cluster.environment[name])
-    return cluster
-
-
-@pytest.fixture
-def client(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
-    return use(slurm, monkeypatch)
-
-
 @pytest.mark.parametrize(
     ("given", "tasks"),
     [
@@ -56,7 +44,7 @@ def test_each_task_that_runs_or_ended_has_its_row(client: SlurmCluster, tmp_path
     wanted = {0: "FAILED", 1: "RUNNING", 2: "RUNNING", 3: "RUNNING", 4: "PENDING", 5: "PENDING"}
     client.wait_until(lambda: states() == wanted, 30, lambda: str(states()))
     single = int(client.submit("true"))
-    (row,) = [row for row in queue.jobs() if row.id == single]
+    (row,) = queue.jobs([single])
     assert (row.array_id, row.tasks, row.task_numbers()) == (single, None, [])
     (tmp_path / "end").touch()
     client.wait_until(lambda: set(states().values()) == {"FAILED", "COMPLETED"}, 30, "all tasks to end")
@@ -129,9 +117,24 @@ def test_how_a_job_ended_while_slurm_knows_it(client: SlurmCluster) -> None:
 def test_a_job_that_slurmctld_forgot_and_no_accounting_has(
     forgetful: SlurmCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(forgetful, monkeypatch)
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, forgetful.environment[name])
     job = int(forgetful.submit("exit 3"))
     forgetful.wait(job)
     assert queue.ended(job) == Ended("FAILED", "3:0", "NonZeroExitCode")
     forgetful.wait_until(lambda: not queue.jobs(), 60, "the job to be forgotten")
     assert queue.ended(job) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "ended"),
+    [
+        ("FAILED|3:0\n", Ended("FAILED", "3:0")),
+        ("CANCELLED by 1000|0:0\n", Ended("CANCELLED", "0:0")),
+        ("REQUEUED|0:0\nREQUEUED|0:0\nTIMEOUT|0:15\n", Ended("TIMEOUT", "0:15")),
+        ("", None),
+    ],
+)
+def test_what_sacct_prints_is_read_right(rows: str, ended: Ended | None) -> None:
+    """Rows as SLURM 22.05 with slurmdbd prints them, which this test's cluster has not."""
+    assert queue.of_accounting(rows) == ended

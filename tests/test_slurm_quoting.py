@@ -14,6 +14,7 @@ from pipeline.slurm import queue
 from pipeline.slurm.cluster import Cluster
 from pipeline.slurm.script import END, SETTINGS, JobSpec, render
 from stages.base import StageError
+from tests.pipeline_harness import REPOSITORY, TINY, inline_json, write_recipe
 from tests.slurm_cluster import SlurmCluster
 
 HOSTILE = "a b\"c'd$(touch PWNED)`touch PWNED`;touch PWNED&touch PWNED|x>PWNED*?[!]{a,b}%j%#~ ü图像!"
@@ -66,14 +67,6 @@ class Place:
     def environment(self, what: str) -> dict[str, str]:
         rows = (self.venv / "notes" / f"{what}.environment").read_text().split("\0")[:-1]
         return dict(row.split("=", 1) for row in rows)
-
-
-@pytest.fixture
-def client(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
-    """The cluster, with this process as its user."""
-    for name in ("SLURM_CONF", "PATH"):
-        monkeypatch.setenv(name, slurm.environment[name])
-    return slurm
 
 
 @pytest.fixture
@@ -195,6 +188,35 @@ def test_apptainer(client: SlurmCluster, place: Place, monkeypatch: pytest.Monke
     cluster = cluster_of({"container": container}, scratch=scratch)
     python = ["exec", "--nv", "--bind", mount, "--bind", scratch, image, BACKSLASHED]
     check(place, run(client, place, cluster), python)
+
+
+@pytest.mark.slow
+def test_a_whole_recipe_below_hostile_folders(
+    client: SlurmCluster, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tandem submit` itself, with nothing in Python's place: recipe, root, --set and cluster file."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    folder = place.base / f"recipes {BACKSLASHED}"
+    folder.mkdir()
+    text = TINY.partition("  train:")[0]
+    recipe = write_recipe(folder, text, f"{BACKSLASHED}.yaml")
+    cluster = write_recipe(
+        folder,
+        "name: plain\n"
+        "train: {nodes: 1, gpus_per_node: 1, time_limit: '01:00:00'}\n"
+        "data: {cpus: 1, time_limit: '01:00:00'}\n",
+        f"cluster {BACKSLASHED}.yaml",
+    )
+    given = (recipe, "--root", place.root, "--set", f"description='{HOSTILE.replace(chr(39), '')}'")
+    (sent,) = inline_json("submit", *given, "--cluster", cluster, cwd=place.base)["stages"]
+    (job,) = sent["jobs"]
+    log = place.root / "tiny" / "slurm" / "log" / f"numbers-{job}.log"
+    assert client.wait(job) == ["COMPLETED"], log.read_text() if log.is_file() else client.job(job)
+    (row,) = inline_json("status", *given, cwd=place.base)["stages"]
+    assert row["state"] == "done"
+    (again,) = inline_json("submit", *given, "--cluster", cluster, cwd=place.base)["stages"]
+    assert again["action"] == "done"
+    assert not [path for path in place.base.rglob("*") if path.name.startswith("PWNED")]
 
 
 @pytest.mark.parametrize(

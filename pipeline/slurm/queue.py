@@ -142,21 +142,29 @@ def cancel(ids: Iterable[int]) -> None:
 def ended(id_: int) -> Ended | None:
     """How a job ended: from scontrol while it knows it, else from sacct; None where neither does."""
     try:
-        text = ask("scontrol", "show", "job", str(id_))
-        state = re.search(r"^ +JobState=(\S+) Reason=(.*) Dependency=", text, re.MULTILINE)
-        code = re.search(r"^ +Requeue=.* ExitCode=(\S+)$", text, re.MULTILINE)
-        if state and code:
-            return Ended(state[1], code[1], state[2])
+        found = of_controller(ask("scontrol", "show", "job", str(id_)))
     except QueueError:
-        pass  # slurmctld forgets a job after MinJobAge
+        found = None  # slurmctld forgets a job after MinJobAge
+    if found is not None:
+        return found
     try:
-        text = ask(
-            "sacct", "-X", "--noheader", "--parsable2", "--format=State,ExitCode,Reason", "-j", str(id_)
-        )
+        job = f"--jobs={id_}"
+        return of_accounting(ask("sacct", "-X", "--noheader", "--parsable2", "--format=State,ExitCode", job))
     except QueueError:
         return None  # no accounting on this cluster
-    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
-    return Ended(rows[-1][0].partition(" ")[0], rows[-1][1], rows[-1][2]) if rows else None
+
+
+def of_controller(text: str) -> Ended | None:
+    """What `scontrol show job` says. The name of the job, which may have any words, is not on these lines."""
+    state = re.search(r"^ +JobState=(\S+) Reason=(.*) Dependency=", text, re.MULTILINE)
+    code = re.search(r"^ +Requeue=.* ExitCode=(\S+)$", text, re.MULTILINE)
+    return Ended(state[1], code[1], state[2]) if state and code else None
+
+
+def of_accounting(text: str) -> Ended | None:
+    """What sacct says, a row a start of the job. Its reason is why the job waited: it is left out."""
+    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 1]
+    return Ended(rows[-1][0].partition(" ")[0], rows[-1][1]) if rows else None  # "CANCELLED by 1000"
 
 
 def max_array_size() -> int:
