@@ -3,10 +3,10 @@
     python -m benchmarks.elastic
 
 A small COOKIE in fp32 without dropout, batch normalisation over all ranks, 20 steps of 8 samples in 4 epochs,
-a checkpoint every 3. Each run is compared, step by step, with one on 2 ranks that nothing interrupted and that
-has the ZeRO stage it begins with: without any interruption ZeRO-3's losses part from ZeRO-2's by up to 1.1e-4
-here, as their rounding differs. Exits with 1 when a sample is not there once an epoch, a pixel or a token
-differs, or a loss differs by more.
+a checkpoint every 3. Each run is compared, step by step, with one on 2 ranks that nothing interrupted and
+that has the ZeRO stage it begins with: without any interruption ZeRO-3's losses part from ZeRO-2's by up to
+1.1e-4 here, as their rounding differs. Exits with 1 when a sample is not there once an epoch, a pixel or a
+token differs, or a loss differs by more.
 """
 
 import sys

@@ -1,12 +1,12 @@
-"""SIGKILL of one rank at each step and at each write of a checkpoint: the last weights are the same bits.
+"""SIGKILL of one rank at each step and in each file of a checkpoint: the last weights are the same bits.
 
-    python -m benchmarks.kill_everywhere            # 20 steps, every write of a checkpoint of each rank
-    python -m benchmarks.kill_everywhere --short    # some of them
+    python -m benchmarks.kill_everywhere                  # 20 steps; 3 writes of each file
+    python -m benchmarks.kill_everywhere --short          # some of them
+    python -m benchmarks.kill_everywhere --every-write    # each of some thousand writes: hours
 
-Two CPU ranks train a small COOKIE for 20 steps with a checkpoint every 3. In each case one rank is killed,
-the other with it, and the run is started again to its end; model.safetensors must be that of a run without a
-kill.
-Exits with 1 when one is not.
+Two CPU ranks train a small COOKIE for 20 steps with a checkpoint every 3. In each case one rank is killed, at
+a step or at the first, the middle or the last write of a file, and the other with it; then the run is started
+again to its end. model.safetensors must be that of a run without a kill; exits with 1 when one is not.
 """
 
 import argparse
@@ -17,6 +17,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.progress import track
 
 from benchmarks.training_ranks import STEPS, prepare_environment, recipe, start
 from tests.training_case import logs, write_corpus
@@ -39,23 +42,29 @@ def weights_hash(directory: Path) -> str:
     return hashlib.sha256((directory / "out/model.safetensors").read_bytes()).hexdigest()
 
 
-def writes_of_a_checkpoint(directory: Path, corpus: Path, values: dict[str, Any]) -> list[range]:
-    """By rank: the numbers of the writes of the second checkpoint, counted in a run without a kill."""
+def writes_of_a_checkpoint(directory: Path, corpus: Path, values: dict[str, Any]) -> list[list[range]]:
+    """By rank, for each file of the second checkpoint: the numbers of its writes, in a run without a kill."""
     codes = start(directory, corpus, values, RANKS, count_writes=1)
     assert codes == [0] * RANKS, logs(directory)
     found = []
     for rank in range(RANKS):
-        first, second = (int(n) for n in (directory / f"writes_{rank}.txt").read_text().split()[:2])
-        found.append(range(first + 1, second + 1))
+        written: dict[str, list[int]] = {}
+        for number, name in enumerate((directory / f"writes_{rank}.txt").read_text().splitlines(), start=1):
+            written.setdefault(name, []).append(number)
+        wanted = [n for n in written if f"step_{2 * EVERY_STEPS:08d}" in n]
+        found.append([range(written[name][0], written[name][-1] + 1) for name in wanted])
     return found
 
 
-def cases(writes: list[range], short: bool) -> list[Case]:
-    steps = range(1, STEPS + 1, 7 if short else 1)
+def cases(files: list[list[range]], options: argparse.Namespace) -> list[Case]:
+    steps = range(1, STEPS + 1, 7 if options.short else 1)
     made = [Case("a step", step % RANKS, "kill_step", step) for step in steps]
-    for rank, numbers in enumerate(writes):
-        chosen = numbers[:: max(1, len(numbers) // 3)] if short else numbers
-        made += [Case(f"a write of rank {rank}", rank, "kill_write", number) for number in chosen]
+    for rank, ranges in enumerate(files):
+        for numbers in ranges[:: max(1, len(ranges) // 3) if options.short else 1]:
+            middle = numbers[len(numbers) // 2]
+            chosen = {middle} if options.short else {numbers[0], middle, numbers[-1]}
+            for number in sorted(numbers if options.every_write else chosen):
+                made.append(Case(f"a write of rank {rank}", rank, "kill_write", number))
     return made
 
 
@@ -73,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--config", default="zero2_fp32", help="of ds_configs/")
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--every-write", action="store_true")
     parser.add_argument("--foreground", action="store_true", help="checkpoint.background: false")
     options = parser.parse_args()
     prepare_environment()
@@ -85,7 +95,8 @@ def main() -> None:
         straight = Path(folder) / "straight"
         writes = writes_of_a_checkpoint(straight, corpus, values)
         expected = weights_hash(straight)
-        for number, case in enumerate(cases(writes, options.short)):
+        chosen = cases(writes, options)
+        for number, case in enumerate(track(chosen, "kills", console=Console(stderr=True))):
             killed, found = try_case(case, Path(folder) / f"case{number}", corpus, values)
             row = rows.setdefault(case.kind, [0, 0])
             row[0] += killed

@@ -235,7 +235,7 @@ def _collect(folder: Path, pieces: list[list[str]], refused: dict[str, str]) -> 
 
 
 def require_some(table: pa.Table, folders: Sequence[Path]) -> None:
-    """Raise CrawlError for a crawl without a picture; its tars are removed, so that the next run asks again."""
+    """Raise CrawlError for a crawl without a picture. Its tars are removed: the next run asks again."""
     statuses = Counter(table["status"].to_pylist())
     if statuses["ok"]:
         return
@@ -244,6 +244,6 @@ def require_some(table: pa.Table, folders: Sequence[Path]) -> None:
     said = ", ".join(f"{reason} {count}" for reason, count in statuses.most_common())
     first = next((detail for detail in table["detail"].to_pylist() if detail), "")
     raise CrawlError(
-        f"{folders[0] / 'tars'}: not one of {table.num_rows} URLs gave a picture ({said}; the first: {first})."
-        " Check the network, `local_site` and the size rules, then run again."
+        f"{folders[0] / 'tars'}: not one of {table.num_rows} URLs gave a picture ({said}; the first: "
+        f"{first}). Check the network, `local_site` and the size rules, then run again."
     )

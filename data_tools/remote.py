@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
 import fsspec
 
 from data_tools.errors import DataError
@@ -81,6 +80,8 @@ class Remote:
     def _once(self, url: str, start: int, stop: int | None) -> bytes:
         options: dict[str, Any] = {}
         if url.startswith(("http://", "https://")):
+            import aiohttp  # what no path on disk needs is not imported with this module
+
             options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)}
         system, path = fsspec.core.url_to_fs(url, **options)  # fsspec keeps one a process
         if start == 0 and stop is None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import locks
-from pipeline.run_directory import finite, write_durably
+from pipeline.durable import write_durably
+from pipeline.run_directory import finite
 from stages.base import Report, StageError, task_directory
 
 FIRST_START_WAIT_S = 60.0  # all tasks of an array start at once; one of them describes the stage

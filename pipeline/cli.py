@@ -375,6 +375,38 @@ def cancel(recipe: RecipeArgument, root: RootOption = _ROOT, overrides: SetOptio
 
 
 @app.command()
+def doctor(
+    cluster: ClusterOption,
+    root: RootOption = _ROOT,
+    login_only: Annotated[bool, typer.Option("--login-only", help="ask SLURM alone; send no job")] = False,
+    wait_s: Annotated[
+        float, typer.Option("--wait-s", help="for the job, queue and all", metavar="SECONDS")
+    ] = 3600.0,
+    json_: JsonOption = False,
+) -> None:
+    """See whether a cluster is fit for what its file says: from the login node, then from a job.
+
+    Exit code 0: nothing is wrong (warnings are told), 2: something is.
+
+      tandem doctor --cluster slurm/clusters/a100_8x8.yaml
+    """
+    from dataclasses import asdict
+
+    from pipeline.slurm import cluster as clusters
+    from pipeline.slurm import doctor as doctors
+
+    say = _console(stderr=True).print
+    findings = doctors.examine(
+        clusters.load(cluster), root, sys.executable, say, wait_s=wait_s, login_only=login_only
+    )
+    if json_:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        _console().print(doctors.table(findings))
+    raise typer.Exit(2 if any(finding.state == "failure" for finding in findings) else 0)
+
+
+@app.command()
 def schema(
     cluster: Annotated[bool, typer.Option("--cluster", help="of cluster files, not of recipes")] = False,
 ) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from stages.base import StageError
 
-
 PATIENCE_S, PATIENCE_IN_A_JOB_S = 15.0, 180.0
 
 

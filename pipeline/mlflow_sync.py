@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.durable import write_durably
 from pipeline.logs import read_errors
-from pipeline.run_directory import RunDirectory, write_durably
+from pipeline.run_directory import RunDirectory
 from pipeline.tracking import METRICS, PARAMS, flatten, read_metrics
 
 STATE = "mlflow.json"

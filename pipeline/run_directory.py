@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import secrets
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -14,6 +12,7 @@ from typing import Any
 import yaml
 
 from pipeline import locks
+from pipeline.durable import write_durably
 from pipeline.fingerprint import Identity, file_hashes
 from stages.base import Report, StageError
 
@@ -38,25 +37,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
-
-
-def write_durably(path: Path, text: str) -> None:
-    """The file is there whole or not at all, also after a power cut: temp file, fsync, rename, fsync."""
-    unique = f"{os.getpid()}.{secrets.token_hex(4)}"  # two nodes may have the same process id
-    temporary = path.with_name(f".{path.name}.{unique}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,8 @@ def run(request: Request, console: Console) -> Ran:
             _run_stages(request, made, chosen, display, stop, follower, result)
         finally:
             follower.finish()
-        if result.code == DONE:
-            _write_report(request, chosen, display)
+        if result.code == DONE and any(stage.kind == "evaluate" for stage in chosen):
+            display.say(f"report: {refresh_report(request.recipe, request.root, request.overrides)}")
     return result
 
 
@@ -196,11 +196,9 @@ def report_path(run_view: RunView) -> Path:
     return run_view.root / run_view.name / "report.html"
 
 
-def _write_report(request: Request, chosen: Sequence[StagePlan], display: Display) -> None:
-    """After an evaluation: the report, unless one is there that is newer than every stage's end."""
-    if not any(stage.kind == "evaluate" for stage in chosen):
-        return
-    run_view = view(request.recipe, request.root, request.overrides)
+def refresh_report(recipe: Path, root: Path, overrides: Sequence[str]) -> Path:
+    """Write the report, unless one is there that is newer than every stage's end."""
+    run_view = view(recipe, root, overrides)
     path = report_path(run_view)
     newest = max(
         (RunDirectory(s.directory).done_path.stat().st_mtime for s in run_view.stages if s.done), default=0
@@ -217,4 +215,4 @@ def _write_report(request: Request, chosen: Sequence[StagePlan], display: Displa
 
         path = write_report(run_view, path)
         shown.write_text(directories)
-    display.say(f"report: {path}")
+    return path

@@ -1,4 +1,4 @@
-"""`tandem status`: the rows of the run directories, joined with SLURM's where jobs were sent; once or on and on."""
+"""`tandem status`: the rows of the run directories, joined with SLURM's where jobs were sent; or --watch."""
 
 import time
 from collections.abc import Sequence
@@ -57,5 +57,7 @@ def watch(recipe: Path, root: Path, overrides: Sequence[str], console: Console) 
 def _told_first(found: Sequence[StageStatus], problem: str | None) -> list[Text]:
     told = [Text(line, style="red") for line in tables.failures(found)]
     if problem is not None:
-        told.append(Text(f"SLURM was not asked: {problem}; this is what the run directories say", style="yellow"))
+        told.append(
+            Text(f"SLURM was not asked: {problem}; this is what the run directories say", style="yellow")
+        )
     return told

@@ -213,8 +213,8 @@ def _work(
     run_directory = RunDirectory.of(root, recipe.name, identity)
     inputs = _inputs(recipe, known, identity, root)
     start = _Start(recipe, identity, run_directory, inputs, rank, channel, should_stop)
-    if options.tasks is not None and not recipe.stages[options.stage].splits:
-        raise StageError(f"stages.{options.stage}: a {identity.kind} stage does not split into tasks")
+    if options.tasks is not None and not recipe.stages[options.stage].array:
+        raise StageError(f"stages.{options.stage}: a {identity.kind} stage does not run as an array of tasks")
     if options.task is not None:
         _work_task(start, options.task, options.tasks, directory)
     elif options.finish or rank == 0:

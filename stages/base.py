@@ -3,11 +3,11 @@
 A stage never knows whether a laptop or SLURM started it. It reads its inputs' directories, writes under
 `job.out`, reports counts and metrics, and returns. The caller writes DONE.json.
 
-A stage that splits (`Config.splits`) may run as an array too: `run_task(config, job)` for each task, side by
-side, and then `finish(config, job)`, once. A task does the share of `job.task_index` of `job.task_count`,
-told by a hash of the key, in a `job.directory` of its own; `finish` joins what lies in `job.task_outs` into
-the stage's `job.out`. What it makes, and its counts, must not depend on the number of tasks, nor differ from
-what `run` makes.
+A stage with `Config.array` may run as an array of tasks too: `run_task(config, job)` for each, side by side,
+and then `finish(config, job)`, once. A task does the share of `job.task_index` of `job.task_count`, told by a
+hash of the key, in a `job.directory` of its own; `finish` joins what lies in `job.task_outs` into the stage's
+`job.out`. What the stages after it make of that, and its counts, must be the same for any number of tasks as
+after `run`.
 """
 
 import os
@@ -47,7 +47,7 @@ class StageConfig(Frozen):
     cosmetic: ClassVar[frozenset[str]] = frozenset()  # fields that cannot change what the stage makes
     roles: ClassVar[tuple[str, ...]] = ()  # inputs it must have
     optional_roles: ClassVar[tuple[str, ...]] = ()  # inputs it may have
-    splits: ClassVar[bool] = False  # may run as an array of tasks, and `finish`
+    array: ClassVar[bool] = False  # may run as an array of tasks, and `finish`
     distributed: ClassVar[bool] = False  # one process a GPU (or a laptop's `launch.processes`)
     version: ClassVar[int] = 1  # raise when the same config makes something else
 
@@ -65,6 +65,10 @@ class StageConfig(Frozen):
     def named_elsewhere(self) -> frozenset[str]:
         """Roles that need no input, as a field names what they read."""
         return frozenset()
+
+    def ranks_wanted(self) -> int | None:
+        """How many ranks the config is written for; None: any number."""
+        return None
 
     def what_counts(self, field: str, path: Path) -> str | None:
         """Of a file of `files()`: what enters the fingerprint in place of its content; None: the content."""
@@ -156,7 +160,7 @@ def task_directory(stage_directory: Path, index: int) -> Path:
 
 
 def stage_module(kind: str) -> Any:
-    """The module of a kind of stage: it has a `Config`, a `run(config, job)` and, where it splits, the rest.
+    """The module of a kind of stage: a `Config`, a `run(config, job)` and what `Config.array` asks for.
 
     A kind with a dot is the import path of a stage of your own (`kind: my_package.caption`). Raises
     StageError for a kind that is neither.
@@ -173,9 +177,9 @@ def stage_module(kind: str) -> Any:
         raise StageError(f"stage kind: no module '{kind}' can be imported; is it on PYTHONPATH?") from error
     if not (hasattr(module, "Config") and hasattr(module, "run")):
         raise StageError(f"stage kind: module '{kind}' has no `Config` or no `run(config, job)`")
-    if module.Config.splits and not (hasattr(module, "run_task") and hasattr(module, "finish")):
+    if module.Config.array and not (hasattr(module, "run_task") and hasattr(module, "finish")):
         raise StageError(
-            f"stage kind: module '{kind}' says that it splits, but has no `run_task(config, job)` or no "
+            f"stage kind: module '{kind}' has `Config.array`, but no `run_task(config, job)` or no "
             "`finish(config, job)`"
         )
     return module

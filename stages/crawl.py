@@ -58,7 +58,7 @@ class Config(StageConfig):
 
     cosmetic: ClassVar[frozenset[str]] = frozenset({"processes", "threads", "urls_per_piece"})
     roles: ClassVar[tuple[str, ...]] = ("pairs",)
-    splits: ClassVar[bool] = True
+    array: ClassVar[bool] = True
 
 
 def run(config: Config, job: Job) -> Report:

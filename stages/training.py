@@ -172,6 +172,10 @@ class TrainingConfig(StageConfig):
     def named_elsewhere(self) -> frozenset[str]:
         return self.data.named_elsewhere()
 
+    def ranks_wanted(self) -> int | None:
+        """As contrastive_batch and batch_per_gpu say."""
+        return None if self.batch_per_gpu is None else self.contrastive_batch // self.batch_per_gpu
+
     def what_counts(self, field: str, path: Path) -> str | None:
         """Of the DeepSpeed config, all but HOLDING: precision above all."""
         if field != "deepspeed":

@@ -344,4 +344,4 @@ class SlurmCluster:
 
 def _fields(line: str) -> dict[str, str]:
     """`A=1 B=two words C:D=3` as a dict: a field goes to the next ` NAME=`."""
-    return dict(re.findall(r"([\w:/]+)=(.*?)(?= [\w:/]+=|$)", line))
+    return dict(re.findall(r"([\w:/]+)=(.*?)(?=\s+[\w:/]+=|\s*$)", line))

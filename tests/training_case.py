@@ -356,25 +356,17 @@ def _joined(lines: list[dict[str, Any]]) -> Row:
 
 
 def _count_writes(path: Path) -> None:
-    """Append to `path`, as each checkpoint is committed, how many writes there were on this rank so far."""
+    """Append to `path`, for each write to a checkpoint's file on this rank, the file's name."""
     from learning.training import checkpoint_files
-    from learning.training.checkpoint import Checkpoints, Settled
 
-    written, wrote, settled = [0], checkpoint_files._Hashing.write, Checkpoints.settle
+    wrote = checkpoint_files._Hashing.write
 
     def write(self: Any, data: Any) -> int:
-        written[0] += 1
+        with path.open("a") as file:
+            file.write(f"{Path(self._raw.name).relative_to(path.parent)}\n")
         return wrote(self, data)
 
-    def settle(self: Checkpoints, wait: bool) -> Settled | None:
-        outcome = settled(self, wait)
-        if outcome is not None:
-            with path.open("a") as file:
-                file.write(f"{written[0]}\n")
-        return outcome
-
     checkpoint_files._Hashing.write = write  # type: ignore[method-assign]
-    Checkpoints.settle = settle  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -388,7 +380,7 @@ def main() -> None:
     parser.add_argument("--kill-rank", type=int, default=0)
     parser.add_argument("--stop-after", type=int)
     parser.add_argument("--ledger", type=int, help="1: keep one, in the directory")
-    parser.add_argument("--count-writes", type=int, help="1: count the writes of checkpoints")
+    parser.add_argument("--count-writes", type=int, help="1: list the writes of checkpoints")
     parser.add_argument("--file-limit", type=int, help="bytes a file may have, from the training on")
     options = parser.parse_args()
     import logging

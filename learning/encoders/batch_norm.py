@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from learning.training.distributed import gather, world_size
@@ -24,6 +23,8 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         for name, value in like.named_buffers(recurse=False):
             setattr(self, name, value)
         self.train(like.training)
+        from timm.layers import BatchNormAct2d  # not with this module, as in learning/encoders/vision.py
+
         fused = isinstance(like, BatchNormAct2d)  # timm's layer with its activation inside
         after = like._modules if fused else {}
         self.drop = after.get("drop") or nn.Identity()

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
-from transformers import BertConfig, BertModel
 
 from learning.encoders.layers import Layered
 from learning.encoders.weights import load_by_name, read_weights
@@ -94,6 +93,9 @@ class TextEncoder(Layered):
         super().__init__()
         self.config = config
         self.width = config.width
+        # Not with this module, as timm in learning/encoders/vision.py
+        from transformers import BertConfig, BertModel
+
         bert = BertConfig(
             vocab_size=vocabulary_size,
             hidden_dropout_prob=config.dropout,

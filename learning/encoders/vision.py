@@ -6,12 +6,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
-from timm.models import group_parameters
 from torch import Tensor, nn
 
 from learning.encoders.batch_norm import make_global
@@ -134,6 +132,8 @@ class VisionEncoder(Layered):
 
     def depths(self) -> dict[str, int]:
         """As timm groups them: 0 the stem, then the blocks; what follows the last block is with it."""
+        from timm.models import group_parameters
+
         layers = group_parameters(self.backbone, self._matcher(), reverse=True)
         return {f"backbone.{name}": layer for name, layer in layers.items()}
 
@@ -237,6 +237,8 @@ def _folded(maps: Tensor, side: int) -> Tensor:
 
 
 def _create(config: VisionConfig) -> nn.Module:
+    import timm  # seconds of imports, which a plan or a submission that reads the config need not wait for
+
     if not timm.is_model(config.name):
         near = difflib.get_close_matches(config.name.split(".")[0], timm.list_models(), n=5, cutoff=0.5)
         raise ValueError(

@@ -1,1 +1,1 @@
-"""SLURM: jobs from recipes, what happens inside a job, and what became of it."""
+"""SLURM: jobs from recipes, what happens inside a job, what became of it, and whether a cluster is fit."""

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,14 @@ from stages.base import STALLED, StageError
 
 STOPPED_FILE = "stopped.json"  # in log/: this start was asked to stop, and saved
 _DIED = re.compile(r"srun: error: (?P<host>\S+): tasks? (?P<tasks>[0-9,-]+): (?P<how>.+)")
-_SIGNALS = {"Killed": 9, "Terminated": 15, "Segmentation fault": 11, "Aborted": 6, "Bus error": 7}
+_SIGNALS = {  # as srun words them
+    "Killed": signal.SIGKILL,
+    "Out Of Memory": signal.SIGKILL,
+    "Terminated": signal.SIGTERM,
+    "Segmentation fault": signal.SIGSEGV,
+    "Aborted": signal.SIGABRT,
+    "Bus error": signal.SIGBUS,
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,8 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         row = {"event": event, **asdict(start), "time": time.time(), **values}
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            # in front too: a power cut may have left half a line
+            stream.write("\n" + json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def begin(directory: Path, task: int | None, start: Start, limits: Limits) -> None:
@@ -177,23 +186,23 @@ def srun_log(directory: Path, start: Start) -> Path:
 
 
 def died(path: Path) -> list[logs.ErrorRecord]:
-    """The first tasks that srun reports as killed by a signal: they could leave no record.
+    """The task that ended first, if srun reports that a signal killed it: it could leave no record.
 
-    Those after them are often the ones that srun killed for it.
+    Those that srun names after the first are mostly the ones that it killed itself.
     """
-    for line in logs.tail(path, lines=1000, most_bytes=1 << 20):
-        found = _DIED.match(line)
-        name = None if found is None else next((n for n in _SIGNALS if found["how"].startswith(n)), None)
-        if found is None or name is None:
-            if found is not None and found["how"].startswith("Out Of Memory"):
-                name = "Killed"
-            else:
-                continue
-        rank = int(re.split("[,-]", found["tasks"])[0])
-        memory = " (out of memory?)" if name == "Killed" else ""
-        message = f"killed on {found['host']}: {found['how']}{memory}"
-        return [logs.ErrorRecord(rank, -_SIGNALS[name], message, path.stat().st_mtime, _SIGNALS[name])]
-    return []
+    lines = (_DIED.match(line) for line in logs.tail(path, lines=1000, most_bytes=1 << 20))
+    first = next((found for found in lines if found), None)
+    number = (
+        None
+        if first is None
+        else next((n for how, n in _SIGNALS.items() if first["how"].startswith(how)), None)
+    )
+    if first is None or number is None:
+        return []
+    rank = int(re.split("[,-]", first["tasks"])[0])
+    memory = " (out of memory?)" if number == signal.SIGKILL else ""
+    message = f"killed on {first['host']}: {first['how']}{memory}"
+    return [logs.ErrorRecord(rank, -number, message, path.stat().st_mtime, number)]
 
 
 def _same(ends: Sequence[Mapping[str, Any]], failed: Verdict) -> bool:

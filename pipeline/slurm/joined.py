@@ -15,9 +15,17 @@ from pipeline.status import StageStatus
 
 TAIL_LINES = 8  # of the log of what failed
 # Reasons for which a job will never start by itself.
-STUCK = frozenset(
-    "DependencyNeverSatisfied JobHeldUser JobHeldAdmin BadConstraints PartitionNodeLimit PartitionTimeLimit "
-    "AssocGrpBillingMinutes InvalidAccount InvalidQOS AccountNotAllowed QOSNotAllowed ReqNodeNotAvail".split()
+STUCK = (
+    "DependencyNeverSatisfied",
+    "JobHeldUser",
+    "JobHeldAdmin",
+    "BadConstraints",
+    "PartitionNodeLimit",
+    "PartitionTimeLimit",
+    "InvalidAccount",
+    "InvalidQOS",
+    "AccountNotAllowed",
+    "QOSNotAllowed",
 )
 
 
@@ -84,7 +92,7 @@ def _of_ended(stage: StageRun, row: StageStatus, sent: Sequence[dict[str, Any]])
     verdict = next((one for one in reversed(Ledger(stage.directory).rows()) if one.get("event") == "end"), {})
     if row.state == "waiting" and how is not None and how.state.startswith("CANCELLED"):
         return replace(row, state="cancelled", job=str(job), doing="it waits for a stage before it")
-    if row.error is None and verdict.get("how") == "failed":
+    if verdict.get("how") == "failed":
         row = replace(row, error=str(verdict["message"]), error_rank=verdict.get("rank"))
     if row.error is None and how is not None and how.state not in ("COMPLETED", "CANCELLED"):
         why = f", {how.reason}" if how.reason not in ("", "None") else ""

@@ -1,7 +1,7 @@
 """One task of srun: a rank of a stage. `python -m pipeline.slurm.rank <arguments of pipeline.worker>`.
 
-Rank and place come from SLURM's variables, the rendezvous from slurm/stage.sbatch. A rank that stopped because
-it was asked to ends with 0, so that srun lets the others save too; log/stopped.json tells it apart from done.
+Rank and place come from SLURM's variables, the rendezvous from slurm/stage.sbatch. A rank that stopped as
+it was asked to ends with 0, so that srun lets the others save too; log/stopped.json says what it was.
 """
 
 import os
@@ -13,6 +13,7 @@ from pipeline import logs, worker
 from pipeline.launch import environment
 from pipeline.mlflow_follow import Follower, tracking_uri
 from pipeline.recipe import load_head
+from pipeline.runner import refresh_report
 from pipeline.slurm.attempt import Start, note_stopped
 
 DIRECTORY = "TANDEM_STAGE_DIRECTORY"
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str]) -> int:
         code = worker.main(arguments)
         if code == worker.STOPPED:
             note_stopped(directory, Start.of(os.environ), "stopped as it was asked to, and saved")
+        elif code == worker.DONE and (head.stages[options.stage] or {}).get("kind") == "evaluate":
+            print(f"report: {refresh_report(options.recipe, options.root, options.overrides)}", flush=True)
     finally:
         follower.finish()
     return _as_srun_sees_it(code)

@@ -43,7 +43,7 @@ def render(job: JobSpec, cluster: Cluster, template: Path = TEMPLATE) -> str:
     body = text[text.index(END) + len(END) :]
     options = "".join(f"#SBATCH {option}\n" for option in _options(job, cluster))
     title = f"{_one_line('job name', job.name)} on {cluster.name}"
-    head = f"# {title}: rendered by `tandem submit` from slurm/stage.sbatch."
+    head = f"# {title}: rendered by Tandem from slurm/{template.name}."
     return (
         f"#!/bin/bash\n{head}\n{options}\nset -euo pipefail\n\n{SETTINGS}{_settings(job, cluster)}{END}{body}"
     )

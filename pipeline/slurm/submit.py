@@ -1,4 +1,4 @@
-"""`tandem submit` and `tandem cancel`: one job a stage, chained; what is done or under way is not sent again."""
+"""`tandem submit` and `tandem cancel`: one job a stage, chained; what is done or under way is not sent."""
 
 import hashlib
 import json
@@ -87,13 +87,13 @@ def jobs_of(run: RunView, stage: StageRun, known: Sequence[QueuedJob]) -> StageJ
     starts = {str(row.get("job")) for row in Ledger(stage.directory).rows()[-2:]}
     whole, tasks, finish = [], [], []
     for job in known:
-        own, _, rest = job.comment.partition(" ")
-        if own != base:
+        rest = job.comment.removeprefix(base)
+        if not job.comment.startswith(base):
             if not job.comment.startswith("tandem:") and str(job.id) in starts:
                 whole.append(job)
-        elif rest.startswith("tasks+"):
-            tasks.append((int(rest.removeprefix("tasks+")), job))
-        elif rest == "finish":
+        elif rest.startswith("/tasks+"):
+            tasks.append((int(rest.removeprefix("/tasks+")), job))
+        elif rest == "/finish":
             finish.append(job)
         else:
             whole.append(job)
@@ -106,6 +106,7 @@ def submit(request: Request) -> list[Sent]:
     run = view(request.recipe, request.root, request.overrides)
     cluster.check_stages({stage.name: stage.distributed for stage in run.stages}, request.cluster)
     chosen = _chosen(run, request.first)
+    _check_ranks(chosen, cluster, request.cluster)
     absent = [f"stages.{s.name}: {path} is not there" for s in chosen if not s.done for path in s.absent]
     if absent:
         raise StageError("\n".join([*absent, "make it, or name another file in the recipe"]))
@@ -117,7 +118,25 @@ def submit(request: Request) -> list[Sent]:
         with FileLock(folder / "submit.lock", timeout=LOCK_WAIT_S):
             return _Submission(request, run, cluster).send(chosen)
     except Timeout:
-        raise StageError(f"{folder}: another `tandem submit` of this recipe is at work; wait for it") from None
+        raise StageError(
+            f"{folder}: another `tandem submit` of this recipe is at work; wait for it"
+        ) from None
+
+
+def _check_ranks(chosen: Sequence[StageRun], cluster: Cluster, path: Path) -> None:
+    """A batch that does not fit the ranks is told now, not when the job starts, days later."""
+    for stage in chosen:
+        if stage.done or not stage.distributed or stage.ranks_wanted is None:
+            continue
+        placement = cluster.train_placement(stage.name)
+        ranks = placement.nodes * placement.gpus_per_node
+        if ranks != stage.ranks_wanted:
+            raise StageError(
+                f"{path}: stage '{stage.name}' would have {placement.nodes} nodes × "
+                f"{placement.gpus_per_node} GPUs = {ranks} ranks; its contrastive_batch / batch_per_gpu is "
+                f"{stage.ranks_wanted}: change "
+                "the recipe, or nodes and gpus_per_node of `train` or of this stage"
+            )
 
 
 def place(run: RunView) -> Path:
@@ -227,9 +246,7 @@ class _Submission:
         tasks = begun if begun is not None else self.cluster.data_placement(stage.name).tasks
         return tasks if tasks > 1 or begun is not None else None
 
-    def _array(
-        self, stage: StageRun, found: StageJobs, after: list[int], renewed: bool, tasks: int
-    ) -> Sent:
+    def _array(self, stage: StageRun, found: StageJobs, after: list[int], renewed: bool, tasks: int) -> Sent:
         """Tasks that are neither done nor under way, and the job that joins them all."""
         live_arrays = [job for _, job in found.tasks if job.live]
         live_finish = [job for job in found.finish if job.live]
@@ -304,7 +321,7 @@ class _Submission:
             if stage.distributed
             else self.cluster.data_placement(stage.name)
         )
-        what = {"whole": "", "tasks": f" tasks+{offset}", "finish": " finish"}[part]
+        what = {"whole": "", "tasks": f"/tasks+{offset}", "finish": "/finish"}[part]
         return JobSpec(
             name=f"{self.run.name}.{stage.name}",
             comment=marker(self.run, stage) + what,

@@ -32,6 +32,11 @@ class Config(StageConfig):
     fail: Literal["crash", "kill", "user", "disk", "exit", "value", "stall"] | None = None
     fail_rank: int = 0
     fail_step: int = 1
+    fail_times: int = 1
+    ranks: int | None = None
+
+    def ranks_wanted(self) -> int | None:
+        return self.ranks
 
 
 def run(config: Config, job: Job) -> Report:
@@ -43,7 +48,8 @@ def run(config: Config, job: Job) -> Report:
     job.tracker.params({"tiny": {"world": os.environ.get("WORLD_SIZE", "1")}})
     job.tracker.rewind(step)
     steps = config.epochs * len(numbers)
-    failed = (job.checkpoints / "failed").exists()  # it fails once
+    failures = job.checkpoints / "failed"  # a character a failure
+    failed = failures.exists() and len(failures.read_text()) >= config.fail_times
     with job.progress.task("train", steps) as task:
         task.advance(step)
         while step < steps:
@@ -54,7 +60,8 @@ def run(config: Config, job: Job) -> Report:
             time.sleep(config.step_s)
             if config.fail and step == config.fail_step and not failed:
                 if rank == config.fail_rank:
-                    (job.checkpoints / "failed").touch()
+                    with failures.open("a") as stream:
+                        stream.write("x")
                     _fail(config.fail, job)
                 time.sleep(60)  # as a rank in a collective waits for the one that failed
             _save(saved, f"{step} {total}")
