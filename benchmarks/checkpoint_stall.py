@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from learning.training.checkpoint import Checkpoints
-from learning.training.engine import Engine, OptimizerConfig, read_deepspeed_config
+from learning.training.deepspeed_setup import read_deepspeed_config
+from learning.training.engine import Engine, OptimizerConfig
 from tests.distributed_harness import run_distributed
 from tests.training_case import CONFIGS, TinyMethod, part_of, tiny_batch
 

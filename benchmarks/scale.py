@@ -17,7 +17,7 @@ import torch
 
 from learning import methods
 from learning.model_files import without_weights
-from learning.training.engine import dtype_of, read_deepspeed_config, zero_stage
+from learning.training.deepspeed_setup import dtype_of, read_deepspeed_config, zero_stage
 from learning.training.estimate import BERT_VOCABULARY, estimate
 from learning.training.footprint import Footprint, footprint
 from learning.training.scale import held, moved

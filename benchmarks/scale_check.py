@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from learning import methods
 from learning.methods.base import Batch, Texts
-from learning.training.engine import Engine, dtype_of, read_deepspeed_config, zero_stage
+from learning.training.deepspeed_setup import dtype_of, read_deepspeed_config, zero_stage
+from learning.training.engine import Engine
 from learning.training.footprint import LiveBytes
 from learning.training.rates import OptimizerConfig
 from learning.training.scale import Held, Moved, held, moved

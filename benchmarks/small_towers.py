@@ -21,7 +21,8 @@ from learning.tokenizer import train_wordpiece
 from learning.training import distributed
 from learning.training.augment import ImageTransform
 from learning.training.checkpoint import CheckpointConfig, Checkpoints
-from learning.training.engine import Engine, OptimizerConfig, read_deepspeed_config
+from learning.training.deepspeed_setup import read_deepspeed_config
+from learning.training.engine import Engine, OptimizerConfig
 from learning.training.loader import Batches, DataConfig, Failed, Loaded
 from learning.training.loop import Plan, fit
 from learning.training.schedule import ScheduleConfig

@@ -24,7 +24,7 @@ class StageRun:
     directory: Path
     done: dict[str, Any] | None
     distributed: bool = False  # one process a GPU
-    splits: bool = False  # may run as an array of tasks
+    array: bool = False  # may run as an array of tasks
     ranks_wanted: int | None = None  # that its config is written for; None: any number
     reads: tuple[str, ...] = ()  # the stages that it reads
     absent: tuple[Path, ...] = ()  # files that it needs and that are not there
@@ -57,7 +57,7 @@ def view(recipe_path: Path, root: Path, overrides: Sequence[str] = ()) -> RunVie
                 directory,
                 check.content if check.done else None,
                 entry["distributed"],
-                entry["splits"],
+                entry["array"],
                 entry["ranks_wanted"],
                 tuple(entry["reads"]),
                 tuple(Path(path) for path in entry["absent"]),
@@ -104,7 +104,7 @@ def _stages(
             "kind": identity.kind,
             "short": identity.short,
             "distributed": type(recipe.stages[stage]).distributed,
-            "splits": type(recipe.stages[stage]).splits,
+            "array": type(recipe.stages[stage]).array,
             "ranks_wanted": recipe.stages[stage].ranks_wanted(),
             "reads": list(dict.fromkeys(identity.input_stages.values())),
             "absent": [str(path) for path in identity.absent],
@@ -127,7 +127,7 @@ def _key(recipe_path: Path, values: dict[str, Any]) -> str:
     house = Path(next(iter(stages.__path__))).parent
     code = [*house.glob("stages/*.py"), *house.glob("learning/methods/*.py")]
     stamps = [[path.name, *(_stamp(path) or [])] for path in sorted(code)]
-    text = json.dumps([3, str(recipe_path.resolve()), values, stamps], sort_keys=True, default=str)
+    text = json.dumps([4, str(recipe_path.resolve()), values, stamps], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -22,7 +22,8 @@ from learning.training.anomalies import StartOver
 from learning.training.augment import ImageTransform
 from learning.training.blocks import compile_blocks, recompute_blocks
 from learning.training.checkpoint import Checkpoints
-from learning.training.engine import Engine, read_deepspeed_config, zero_stage
+from learning.training.deepspeed_setup import read_deepspeed_config, zero_stage
+from learning.training.engine import Engine
 from learning.training.loader import Batches
 from learning.training.loop import Outcome, Plan, fit
 from learning.training.tower_tokens import TowerTokens, identity

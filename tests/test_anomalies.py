@@ -17,7 +17,8 @@ from learning.training import distributed
 from learning.training.anomalies import Anomaly, AnomalyConfig, LossWatch
 from learning.training.augment import ImageTransform
 from learning.training.checkpoint import CheckpointConfig, Checkpoints
-from learning.training.engine import Engine, OptimizerConfig, StepResult, read_deepspeed_config
+from learning.training.deepspeed_setup import read_deepspeed_config
+from learning.training.engine import Engine, OptimizerConfig, StepResult
 from learning.training.loader import Batches, DataConfig
 from learning.training.loop import Outcome, Plan, fit
 from learning.training.schedule import ScheduleConfig, factor

@@ -12,7 +12,8 @@ from torch import Tensor
 from learning.encoders.vision import VisionConfig, VisionEncoder
 from learning.methods.base import Method
 from learning.training.blocks import blocks_of, compile_blocks, recompute_blocks
-from learning.training.engine import Engine, read_deepspeed_config
+from learning.training.deepspeed_setup import read_deepspeed_config
+from learning.training.engine import Engine
 from learning.training.footprint import LiveBytes
 from learning.training.rates import OptimizerConfig
 from tests import cookie_case

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from learning.training import distributed, elastic
 from learning.training.checkpoint_files import Writer
+from learning.training.deepspeed_setup import read_deepspeed_config
 from learning.training.elastic import Layout, Saved, stretch
-from learning.training.engine import Engine, OptimizerConfig, read_deepspeed_config
+from learning.training.engine import Engine, OptimizerConfig
 from tests.distributed_harness import run_distributed
 from tests.training_case import CONFIGS, PX, TinyMethod, part_of, tiny_batch
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from learning.training.checkpoint import Writer
+from learning.training.deepspeed_setup import read_deepspeed_config
 from learning.training.ema import Ema, EmaConfig
-from learning.training.engine import AVERAGES, Engine, read_deepspeed_config
+from learning.training.engine import AVERAGES, Engine
 from learning.training.rates import OptimizerConfig
 from tests.distributed_harness import run_distributed
 from tests.test_engine import Skipping

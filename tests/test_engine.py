@@ -9,13 +9,8 @@ import torch
 from torch import nn
 
 from learning.methods.base import Batch, Terms
-from learning.training.engine import (
-    Engine,
-    Objective,
-    dtype_of,
-    read_deepspeed_config,
-    zero_stage,
-)
+from learning.training.deepspeed_setup import dtype_of, read_deepspeed_config, zero_stage
+from learning.training.engine import Engine, Objective
 from learning.training.rates import OptimizerConfig, parameter_groups
 from tests.distributed_harness import run_distributed
 from tests.training_case import CONFIGS, TinyMethod, part_of, tiny_batch

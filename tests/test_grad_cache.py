@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from learning.methods.base import Batch, Texts
 from learning.training import grad_cache
-from learning.training.engine import Engine, OptimizerConfig, read_deepspeed_config
+from learning.training.deepspeed_setup import read_deepspeed_config
+from learning.training.engine import Engine, OptimizerConfig
 from stages.base import StageError
 from stages.pretrain import Config, run
 from tests.distributed_harness import run_distributed

@@ -67,6 +67,15 @@ def test_failures_have_a_limit_and_stalls_keep_their_code(tmp_path: Path) -> Non
     assert last.message == "failure 3, restarts.failures is 2: stands still"
 
 
+def test_another_job_starts_afresh(tmp_path: Path) -> None:
+    for number in range(2):
+        failing(tmp_path, number, "ValueError: queue", 20)
+    made = Start("8", 0)
+    attempt.begin(tmp_path, None, made, Limits())
+    logs.write_error(tmp_path, logs.ErrorRecord(1, 1, "ValueError: queue", time=1.0))
+    assert attempt.end(tmp_path, None, made, Limits(failures=1), srun_code=1).code == worker.STOPPED
+
+
 def test_a_mistake_of_the_user_ends_it_at_once(tmp_path: Path) -> None:
     assert failing(tmp_path, 0, "shard.tar is damaged", 3, worker.USER_ERROR).code == worker.USER_ERROR
 

@@ -158,10 +158,7 @@ def test_cancel_and_submit_again_goes_on(desk: Callable[..., Desk]) -> None:
     _wait_for_step(user, 2)
     told = user.tandem("cancel")
     assert told.count("cancelled") == 2, told
-    rows = user.wait()
-    assert rows["numbers"]["state"] == "done"
-    assert rows["train"]["state"] in ("stopped", "cancelled"), rows["train"]
-    again = user.submit()
+    again = user.submit()  # at once, while the job that was cancelled still saves
     assert [one["action"] for one in again.values()] == ["done", "submitted", "submitted"]
     assert again["train"]["jobs"] != first["train"]["jobs"]
     assert states(user.wait()) == ["done"] * 3
@@ -219,34 +216,36 @@ def test_by_hand(desk: Callable[..., Desk]) -> None:
 
 
 def test_an_array_runs_again_what_failed_alone(desk: Callable[..., Desk]) -> None:
-    recipe = """
-name: tiny
-tracking: {uri: "off"}
-stages:
-  pieces: {kind: tests.tiny.pieces, broken: broken.txt}
-"""
-    cluster = (
-        CLUSTER.replace("cpus: 1,", "cpus: 1, tasks: 12, tasks_at_once: 4,") + "restarts: {failures: 0}\n"
+    recipe = (
+        "name: tiny\ntracking: {uri: 'off'}\nstages:\n  squares: {kind: tests.tiny.squares, count: 100}\n"
     )
+    cluster = CLUSTER.replace("cpus: 1,", "cpus: 1, tasks: 12, tasks_at_once: 4,")
     user = desk(recipe=recipe, cluster=cluster)
-    (user.folder / "broken.txt").write_text("3 4 9")
-    assert "12 of 12 tasks" in user.submit()["pieces"]["what"]
-    row = user.wait()["pieces"]
+    broken = (3, 4, 9)
+    for task in broken:
+        (user.folder / f"fail_{task}").write_text("crash")
+    assert "12 of 12 tasks" in user.submit()["squares"]["what"]
+    row = user.wait()["squares"]
     assert (row["state"], row["tasks_done"], row["tasks"]) == ("failed", 9, 12)
-    assert "is told to fail" in row["error"]
-    assert row["error_task"] in (3, 4, 9)
-    (user.folder / "broken.txt").unlink()
-    before = {
-        path.name: path.stat().st_mtime_ns for path in (user.directory("pieces") / "tasks").glob("*.json")
-    }
-    assert "3 of 12 tasks" in user.submit()["pieces"]["what"]
-    assert user.wait()["pieces"]["state"] == "done"
-    after = {
-        path.name: path.stat().st_mtime_ns for path in (user.directory("pieces") / "tasks").glob("*.json")
-    }
+    assert "cannot be squared" in row["error"]
+    assert row["error_task"] in broken
+    for task in range(12):
+        ends = [one for one in Ledger(user.directory("squares"), task).rows() if one["event"] == "end"]
+        assert [end["code"] for end in ends] == ([75, 1] if task in broken else [0]), (
+            "the same twice: given up"
+        )
+    for task in broken:
+        (user.folder / f"fail_{task}").unlink()
+    tasks = user.directory("squares") / "tasks"
+    before = {path.name: path.stat().st_mtime_ns for path in tasks.glob("*.json")}
+    assert "3 of 12 tasks" in user.submit()["squares"]["what"]
+    assert user.wait()["squares"]["state"] == "done"
+    after = {path.name: path.stat().st_mtime_ns for path in tasks.glob("*.json")}
     assert {name: after[name] for name in before} == before, "what was done is not done again"
-    squares = (user.directory("pieces") / "out/squares.txt").read_text().split()
+    squares = (user.directory("squares") / "out/squares.txt").read_text().split()
     assert squares == [str(number**2) for number in range(100)]
+    made = [line.split()[0] for line in (user.folder / "made.log").read_text().splitlines()]
+    assert len(made) == len(set(made)) == 100
 
 
 def test_a_recipe_that_changed_while_it_waited_is_refused(desk: Callable[..., Desk]) -> None:
@@ -350,3 +349,27 @@ def test_doctor_names_what_a_partition_lacks(desk: Callable[..., Desk]) -> None:
     assert done.returncode == 2
     assert "failure" in done.stdout
     assert not user.slurm.run("squeue", "--noheader").strip()
+
+
+def test_a_stage_that_runs_without_slurm_is_not_sent(desk: Callable[..., Desk]) -> None:
+    user = desk(recipe=train(step_s=2.0))
+    running = subprocess.Popen(
+        command("run", user.recipe), cwd=user.folder, env=environment(), stdout=subprocess.DEVNULL
+    )
+    try:
+        _wait_for_step(user, 1)
+        said = user.tandem("submit", "--cluster", user.cluster, code=2)
+    finally:
+        running.terminate()
+        running.wait()
+    assert "stage 'train': process " in said
+    assert "works on it without SLURM" in said
+
+
+def test_status_watches_until_all_has_ended(desk: Callable[..., Desk]) -> None:
+    user = desk(recipe=train(step_s=0.5))
+    user.submit()
+    told = user.tandem("status", "--watch")
+    assert told.count("status of tiny") == 1, "on a pipe the last state alone"
+    assert not {"queued", "running"} & set(told.split())
+    assert states(user.status()) == ["done"] * 3

@@ -3,9 +3,6 @@
 The engine owns precision, parallelism, the optimizer and their state. It knows no data and no schedule.
 """
 
-import json
-import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,20 +16,12 @@ from learning.methods.base import Batch, Method, Terms
 from learning.training import distributed, grad_cache, watchdog
 from learning.training.checkpoint_files import Writer
 from learning.training.contrast import ContrastConfig
+from learning.training.deepspeed_setup import dtype_of, start, zero_stage
 from learning.training.elastic import ENGINE, LAYOUT, Layout, load
 from learning.training.ema import Ema, EmaConfig, held_weights, set_weights
 from learning.training.rates import OptimizerConfig, parameter_groups
 
 AVERAGES = "ema.pt"
-RUN_SIZE_KEYS = {
-    "train_batch_size": "contrastive_batch",
-    "train_micro_batch_size_per_gpu": "batch_per_gpu",
-    "gradient_accumulation_steps": "contrastive_batch (accumulation adds no negatives)",
-    "gradient_clipping": "gradient_clip",
-    "optimizer": "optimizer",
-    "scheduler": "schedule",
-    "steps_per_print": "log_every_steps",
-}
 
 
 @dataclass
@@ -95,59 +84,6 @@ class Objective(nn.Module):
         )
 
 
-def read_deepspeed_config(path: Path) -> dict[str, Any]:
-    """A DeepSpeed config without run-size keys. Raises ValueError naming the file, the key and the remedy."""
-    if not path.is_file():
-        known = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        there = f"; in {path.parent} there are {', '.join(known)}" if known else ""
-        raise ValueError(f"deepspeed: {path}: no such file{there}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"deepspeed: {path}: is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"deepspeed: {path}: must hold one JSON object, holds a {type(config).__name__}")
-    for key, field in RUN_SIZE_KEYS.items():
-        if key in config:
-            raise ValueError(f"deepspeed: {path}: take '{key}' out; the recipe says it: {field}")
-    return config
-
-
-def zero_stage(config: Mapping[str, Any]) -> int:
-    return int(config.get("zero_optimization", {}).get("stage", 0))
-
-
-def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that weights and activations have under a DeepSpeed config."""
-    if config.get("bf16", {}).get("enabled"):
-        return torch.bfloat16
-    return torch.float16 if config.get("fp16", {}).get("enabled") else torch.float32
-
-
-def quiet_deepspeed(log_file: Path | None) -> Any:
-    """The deepspeed module, its messages going to `log_file` (or nowhere) instead of the user's screen.
-
-    On a CPU without its compiled shared-memory collective: gloo serves, and no run waits for a compiler.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", distributed.device().type)  # read when it is imported
-    import deepspeed
-    import deepspeed.ops
-
-    if distributed.device().type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logger = logging.getLogger("DeepSpeed")
-    for old in list(logger.handlers):
-        logger.removeHandler(old)
-    handler: logging.Handler = logging.NullHandler()
-    if log_file is not None:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(log_file, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    logger.propagate = False
-    return deepspeed
-
-
 class Engine:
     """A method under DeepSpeed: step, full weights, and saving and loading of its own state.
 
@@ -198,40 +134,12 @@ class Engine:
         adamw = torch.optim.AdamW(
             groups, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps, fused=True
         )
-        deepspeed = quiet_deepspeed(log_file)
-        os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))  # DeepSpeed insists on it
-        deepspeed.init_distributed(  # takes over the process group that is there
-            dist_backend="nccl" if self.device.type == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
+        self._engine, self._optimizer = start(
+            objective, adamw, deepspeed_config, batch_per_gpu, gradient_clip, log_file
         )
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=objective,
-            optimizer=adamw,
-            config=dict(deepspeed_config)
-            | {
-                "train_micro_batch_size_per_gpu": batch_per_gpu,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": gradient_clip,
-                "steps_per_print": 2**31,
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-            },
-            dist_init_required=False,
-        )
-        if self.stage == 3:
-            # ZeRO-3 gathers a parameter when the module that owns it is called. What stands beside children
-            # may be used by another method of the module than forward: it belongs to the whole call, forward
-            # and backward.
-            for module in method.modules():
-                if next(module.children(), None) is not None:
-                    for loose in module.parameters(recurse=False):
-                        deepspeed.zero.register_external_parameter(self._engine.module, loose)
         if self.dtype != torch.float32:
-            for (
-                statistic
-            ) in self._own_statistics().values():  # kernels want them in the dtype of scale and shift
-                statistic.data = statistic.data.to(self.dtype)
+            for statistic in self._own_statistics().values():
+                statistic.data = statistic.data.to(self.dtype)  # kernels want that of scale and shift
         holding = (self._optimizer, method, self.stage, self.dtype)
         self._ema = None if ema is None else Ema(lambda: held_weights(*holding), ema)
 

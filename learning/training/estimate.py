@@ -8,7 +8,7 @@ import torch
 
 from learning import methods
 from learning.model_files import without_weights
-from learning.training.engine import quiet_deepspeed
+from learning.training.deepspeed_setup import quiet_deepspeed
 
 BERT_VOCABULARY = 30_522
 LEFT_OUT = (

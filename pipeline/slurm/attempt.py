@@ -51,7 +51,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of failures (crashes and stalls) of a stage, and of starts of a job for whatever reason."""
+    """Of failures (crashes and stalls) of a job, and of its starts for whatever reason."""
 
     failures: int = 5
     starts: int = 1000
@@ -128,7 +128,8 @@ def judge(
     if whole or (task is not None and array_tasks.record(directory, task) is not None):
         return Verdict(worker.DONE, "done", "done")
     step = last_metrics(directory / "log" / METRICS).get("step") if task is None else None
-    ends = [row for row in before if row.get("event") == "end"]
+    # Of this job: whoever submits again starts afresh
+    ends = [row for row in before if row.get("event") == "end" and row.get("job") == start.job]
     failures = sum(row.get("how") == "failed" for row in ends)
     stopped = _stopped(directory, start)
     if stopped is not None:

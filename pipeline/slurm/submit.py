@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from pipeline import array_tasks
+from pipeline import array_tasks, logs
 from pipeline.recipe_source import nearest
 from pipeline.results import RunView, StageRun, view
+from pipeline.run_directory import RunDirectory
 from pipeline.slurm import queue
 from pipeline.slurm.attempt import Ledger
 from pipeline.slurm.cluster import Cluster, DataPlacement, TrainPlacement, load
@@ -22,6 +23,7 @@ from stages.base import StageError
 
 USUAL_MAX_ARRAY_SIZE = 1001  # SLURM's default, for a --dry-run where there is no SLURM
 LOCK_WAIT_S = 60.0
+SETTLE_S = 90.0
 Part = Literal["whole", "tasks", "finish"]
 
 
@@ -183,14 +185,25 @@ class _Submission:
         self.known: list[QueuedJob] = []
         self.most = USUAL_MAX_ARRAY_SIZE
         try:
-            self.known = queue.jobs()
-            if any(stage.splits for stage in run.stages):
+            self.known = self._settled_jobs()
+            if any(stage.array for stage in run.stages):
                 self.most = queue.max_array_size()
         except QueueError:
             if not request.dry_run:
                 raise
         self.sent: dict[str, Sent] = {}
         self._imagined = 0
+
+    def _settled_jobs(self) -> list[QueuedJob]:
+        """This user's jobs, once none of this recipe's is on its way out: cancelled, it may still save."""
+        deadline = time.monotonic() + SETTLE_S
+        while True:
+            known = queue.jobs()
+            own = marker(self.run)
+            leaving = [job for job in known if job.comment.startswith(own) and job.state == "COMPLETING"]
+            if not leaving or time.monotonic() > deadline:
+                return known
+            time.sleep(0.5)
 
     def send(self, chosen: Sequence[StageRun]) -> list[Sent]:
         inside = {stage.name for stage in chosen}
@@ -234,13 +247,19 @@ class _Submission:
             live = self._cancel_waiting(live)
         if live:
             return Sent(stage.name, "live", [job.id for job in live], _shown(live))
+        holder = RunDirectory(stage.directory).holder()
+        if holder is not None and "(job " not in holder:  # of a job that just ended, the new one waits
+            raise StageError(
+                f"stage '{stage.name}': {holder} works on it without SLURM; wait for it, or stop it and "
+                "submit again"
+            )
         sent = Sent(stage.name, "submitted")
         self._send(stage, sent, "whole", after)
         return sent
 
     def _tasks(self, stage: StageRun) -> int | None:
         """Of how many tasks the stage is made; None: one job."""
-        if not stage.splits or stage.distributed:
+        if not stage.array or stage.distributed:
             return None
         begun = array_tasks.count(stage.directory)
         tasks = begun if begun is not None else self.cluster.data_placement(stage.name).tasks
@@ -260,6 +279,9 @@ class _Submission:
                 stage.name, "live", [job.id for job in live_finish], _shown([*live_arrays, *live_finish])
             )
         sent = Sent(stage.name, "submitted")
+        if not self.request.dry_run:
+            for task in missing:  # what they said before is no news while they wait
+                logs.clear_errors(stage.directory, task=task)
         pieces = array_tasks.chunks(missing, self.most)
         waits_for = [] if not live_arrays else sorted({job.array_id for job in live_arrays})
         for offset, indices in pieces:
