@@ -48,7 +48,7 @@ def test_10_000_tasks_are_planned_under_the_clusters_max_array_size(
         )
         offset = int(re.findall(r"--task \$\(\((\d+) \+ SLURM_ARRAY_TASK_ID\)\)$", text, re.MULTILINE)[0])
         assert last < 1001
-        assert re.search(rf'comment="\S+large@\S+/crawl/\S+ tasks\+{offset}"$', text, re.MULTILINE)
+        assert re.search(rf"comment=\S+large@\S+/crawl/\S+/tasks\+{offset}$", text, re.MULTILINE)
         tasks += range(offset + first, offset + last + 1)
         at_once += limit
     assert sorted(tasks) == list(range(10_000))
