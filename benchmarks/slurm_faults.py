@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.slurm_cluster import SlurmCluster
+from tests.slurm_desk import rank_pid
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "demo.yaml"
@@ -144,24 +145,6 @@ class Run:
         directory = self.directory("finetune")
         path = directory / "out/model.safetensors" if directory else Path("none")
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no model"
-
-
-def rank_pid(job: str, rank: int) -> int:
-    """The process of a rank, seen from outside its node."""
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            values = path.read_bytes().split(b"\0")
-            command = path.with_name("cmdline").read_bytes()
-        except OSError:
-            continue
-        wanted = (f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode())
-        if (
-            b"pipeline.slurm.rank" in command
-            and command.count(b"srun") == 0
-            and all(w in values for w in wanted)
-        ):
-            return int(path.parent.name)
-    raise RuntimeError(f"no process of rank {rank} of job {job}")
 
 
 def preempted(run: Run) -> None:

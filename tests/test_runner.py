@@ -97,7 +97,8 @@ def _started(tmp_path: Path) -> "tuple[subprocess.Popen[str], Path]":
     write_recipe(tmp_path, SLOW)
     train = directories(tmp_path)["train"]
     process = start("run", "tiny.yaml", cwd=tmp_path)
-    wait_for(lambda: (train / "checkpoints" / "rank1.txt").exists())
+    saved = [train / "checkpoints" / f"rank{rank}.txt" for rank in range(2)]
+    wait_for(lambda: all(path.exists() for path in saved))
     return process, train
 
 

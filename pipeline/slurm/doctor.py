@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -125,7 +126,7 @@ def _report(path: Path) -> dict[str, Any] | None:
 
 def table(findings: Iterable[Finding]) -> Table:
     """What was seen, and what to do where it is not well."""
-    made = Table("check", "", "seen", "what to do", title_justify="left")
+    made = Table("check", "", "seen", "what to do", box=box.SIMPLE_HEAD)
     for one in findings:
         style = STYLES.get(one.state, "green")
         made.add_row(Text(one.check), Text(one.state, style=style), Text(one.seen), Text(one.remedy))

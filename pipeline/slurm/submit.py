@@ -113,16 +113,14 @@ def submit(request: Request) -> list[Sent]:
     if absent:
         raise StageError("\n".join([*absent, "make it, or name another file in the recipe"]))
     if request.dry_run:
-        return _Submission(request, run, cluster).send(chosen)
+        return _Submission(request, run, cluster).send()
     folder = place(run)
     (folder / "log").mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "submit.lock", timeout=LOCK_WAIT_S):
-            return _Submission(request, run, cluster).send(chosen)
+            return _Submission(request, run, cluster).send()
     except Timeout:
-        raise StageError(
-            f"{folder}: another `tandem submit` of this recipe is at work; wait for it"
-        ) from None
+        raise StageError(f"{folder}: another `tandem submit` of this recipe is at work") from None
 
 
 def _check_ranks(chosen: Sequence[StageRun], cluster: Cluster, path: Path) -> None:
@@ -136,8 +134,8 @@ def _check_ranks(chosen: Sequence[StageRun], cluster: Cluster, path: Path) -> No
             raise StageError(
                 f"{path}: stage '{stage.name}' would have {placement.nodes} nodes × "
                 f"{placement.gpus_per_node} GPUs = {ranks} ranks; its contrastive_batch / batch_per_gpu is "
-                f"{stage.ranks_wanted}: change "
-                "the recipe, or nodes and gpus_per_node of `train` or of this stage"
+                f"{stage.ranks_wanted}: change the recipe, or nodes and gpus_per_node of `train` or of this "
+                "stage"
             )
 
 
@@ -157,8 +155,9 @@ def sent_jobs(run: RunView) -> list[dict[str, Any]]:
 
 def cancel(run: RunView) -> list[QueuedJob]:
     """Cancel every live job of the recipe under its root, those that wait first. What runs saves and ends."""
-    live = [job for job in queue.jobs() if job.live and job.comment.startswith(marker(run))]
-    by_hand = [job for stage in run.stages for job in jobs_of(run, stage, queue.jobs()).whole if job.live]
+    known = queue.jobs()
+    live = [job for job in known if job.live and job.comment.startswith(marker(run))]
+    by_hand = [job for stage in run.stages for job in jobs_of(run, stage, known).whole if job.live]
     live += [job for job in by_hand if job.id not in {one.id for one in live}]
     live.sort(key=lambda job: not job.waits)
     queue.cancel(dict.fromkeys(job.array_id for job in live))
@@ -176,36 +175,39 @@ def _chosen(run: RunView, first: str | None) -> list[StageRun]:
     return run.stages[names.index(first) :]
 
 
+def _settled_jobs(own: str) -> list[QueuedJob]:
+    """This user's jobs, once none whose comment begins with `own` is on its way out: it may still save."""
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        known = queue.jobs()
+        leaving = [job for job in known if job.comment.startswith(own) and job.state == "COMPLETING"]
+        if not leaving or time.monotonic() > deadline:
+            return known
+        time.sleep(0.5)
+
+
 class _Submission:
     """One call of `submit`."""
 
     def __init__(self, request: Request, run: RunView, cluster: Cluster):
-        self.request, self.run, self.cluster = request, run, cluster
+        self.request, self.cluster = request, cluster
         self.folder = place(run)
         self.known: list[QueuedJob] = []
         self.most = USUAL_MAX_ARRAY_SIZE
         try:
-            self.known = self._settled_jobs()
+            self.known = _settled_jobs(marker(run))
             if any(stage.array for stage in run.stages):
                 self.most = queue.max_array_size()
         except QueueError:
             if not request.dry_run:
                 raise
+        # After the jobs: a stage whose job ends in between is then seen as done
+        self.run = view(request.recipe, request.root, request.overrides)
         self.sent: dict[str, Sent] = {}
         self._imagined = 0
 
-    def _settled_jobs(self) -> list[QueuedJob]:
-        """This user's jobs, once none of this recipe's is on its way out: cancelled, it may still save."""
-        deadline = time.monotonic() + SETTLE_S
-        while True:
-            known = queue.jobs()
-            own = marker(self.run)
-            leaving = [job for job in known if job.comment.startswith(own) and job.state == "COMPLETING"]
-            if not leaving or time.monotonic() > deadline:
-                return known
-            time.sleep(0.5)
-
-    def send(self, chosen: Sequence[StageRun]) -> list[Sent]:
+    def send(self) -> list[Sent]:
+        chosen = _chosen(self.run, self.request.first)
         inside = {stage.name for stage in chosen}
         for stage in self.run.stages:
             if stage.name not in inside:
