@@ -19,6 +19,7 @@ from pipeline.run_directory import finite
 from stages.base import Report, StageError, task_directory
 
 FIRST_START_WAIT_S = 60.0  # all tasks of an array start at once; one of them describes the stage
+_LONGEST_LIST = 4000  # characters of an array's indices: slurmctld refuses more than 4096
 _RECORD = re.compile(r"(\d+)\.json")
 
 
@@ -151,19 +152,26 @@ def chunks(indices: Sequence[int], most: int) -> list[tuple[int, list[int]]]:
     """The fewest arrays that hold these tasks where MaxArraySize is `most`: (offset, tasks) of each.
 
     An array's indices must be under MaxArraySize, so task i is index i - offset of its array. The offset is 0
-    where all tasks are small enough: an index is the task's own number then.
+    where all tasks are small enough: an index is the task's own number then. Scattered tasks make a long list
+    of indices; one that slurmctld would refuse is cut.
     """
     if most < 1:
         raise ValueError(f"MaxArraySize {most}: must be 1 or more")
     wanted = sorted(set(indices))
-    if wanted and wanted[-1] < most:
-        return [(0, wanted)]
-    found: list[tuple[int, list[int]]] = []
-    for index in wanted:
+    found: list[tuple[int, list[int]]] = [(0, wanted)] if wanted and wanted[-1] < most else []
+    for index in [] if found else wanted:
         if not found or index - found[-1][0] >= most:
             found.append((index, []))
         found[-1][1].append(index)
-    return found
+    return [part for offset, tasks in found for part in _cut(offset, tasks)]
+
+
+def _cut(offset: int, tasks: list[int]) -> list[tuple[int, list[int]]]:
+    """In halves until the list of indices of each is short enough."""
+    if len(ranges(task - offset for task in tasks)) <= _LONGEST_LIST:
+        return [(offset, tasks)]
+    middle = len(tasks) // 2
+    return _cut(offset, tasks[:middle]) + _cut(tasks[middle], tasks[middle:])
 
 
 def _spoken(indices: Iterable[int]) -> str:

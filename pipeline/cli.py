@@ -407,14 +407,20 @@ def doctor(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of recipes, for editors.
+def schema(
+    cluster: Annotated[bool, typer.Option("--cluster", help="of cluster files, not of recipes")] = False,
+) -> None:
+    """Print the JSON schema of recipes, or of cluster files, for editors.
 
     tandem schema > recipe.schema.json
-    """
-    from pipeline.recipe import schema as recipe_schema
 
-    _print_json(recipe_schema())
+    tandem schema --cluster > cluster.schema.json
+    """
+    if cluster:
+        from pipeline.slurm.cluster import schema as made
+    else:
+        from pipeline.recipe import schema as made
+    _print_json(made())
 
 
 def main() -> None:

@@ -38,6 +38,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         yield cluster
 
 
+@pytest.fixture
+def client(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
+    """The cluster, with this process as its user: for code that calls SLURM's commands itself."""
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, slurm.environment[name])
+    return slurm
+
+
 @pytest.fixture(autouse=True)
 def _mend_slurm(request: pytest.FixtureRequest) -> Iterator[None]:
     """After each test that used the cluster: no job is left, and what was broken is up again."""

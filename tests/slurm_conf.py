@@ -26,6 +26,7 @@ class Settings:
     gpu_type: str = "h100"  # the type in --gres=gpu:h100:8
     cpus: int = 64
     memory_mb: int = 1_000_000
+    features: str = ""  # of every node: a100_80g,ib
     partitions: tuple[Partition, ...] = (
         Partition("gpu", default=True),
         Partition("urgent", priority_tier=100),
@@ -34,6 +35,7 @@ class Settings:
     max_array_size: int = 1001
     max_job_count: int = 20_000
     cred_expire_s: int = 5  # a requeued job waits so long before it starts again; SLURM allows 5 at the least
+    min_job_age_s: int = 86_400  # an ended job is remembered so long
     slurmd_timeout_s: int = 15  # a silent node is down after this (in fact up to twice as long)
 
     def __post_init__(self) -> None:
@@ -85,12 +87,12 @@ MessageTimeout=10
 InactiveLimit=0
 KillWait=5
 UnkillableStepTimeout=120
-MinJobAge=86400
+MinJobAge={s.min_job_age_s}
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 NodeName=node[1-{s.nodes}] NodeHostname=node[1-{s.nodes}] NodeAddr=127.0.0.1 Port=[{node_ports}] \
 CPUs={s.cpus} Boards=1 Sockets=2 CoresPerSocket={cores_per_socket} ThreadsPerCore=1 RealMemory={s.memory_mb} \
-Gres=gpu:{s.gpu_type}:{s.gpus_per_node} State=UNKNOWN
+Gres=gpu:{s.gpu_type}:{s.gpus_per_node}{features} State=UNKNOWN
 """
 
 # Process 1 of a node. `wait` also reaps what its tasks leave behind.
@@ -119,6 +121,7 @@ def write_files(root: Path, settings: Settings, first_port: int) -> None:
         controller_port=first_port,
         node_ports=f"{first_port + 1}-{first_port + settings.nodes}",
         cores_per_socket=settings.cpus // 2,
+        features=f" Features={settings.features}" if settings.features else "",
         s=settings,
     )
     for partition in settings.partitions:

@@ -2,33 +2,129 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from pipeline import recipe_errors, recipe_source
 from pipeline.recipe_source import nearest
 from stages.base import Frozen, StageError
 
-# Names that SLURM itself gives meaning to: no quote, space or `$` is part of one.
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+:-]*$", max_length=128)]
-Names = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+:,\[\]-]*$", max_length=1024)]
-Constraint = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9_\[(][A-Za-z0-9_&|*()\[\].-]*$", max_length=256)
-]
-Memory = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*[KMGT]$")]
-TimeLimit = Annotated[str, StringConstraints(pattern=r"^(\d+-)?\d{1,3}:\d{2}:\d{2}$")]
-Line = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$")]  # anything that fits on one line
-Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
-_OPTION = re.compile(r"^--([a-z][a-z-]+)(=[^\x00-\x1f\x7f]+)?$")
+@dataclass(frozen=True)
+class Spelling:
+    """Of a string: the pattern that the whole of it matches, and what that means in words, for errors."""
+
+    pattern: str
+    words: str
+    most: int = 4096
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "pattern": f"^(?:{self.pattern})$", "maxLength": self.most}
+
+    def _check(self, value: str) -> str:
+        if re.fullmatch(self.pattern, value) is None:
+            raise ValueError(f"{value!r}: write {self.words}")
+        if len(value) > self.most:
+            raise ValueError(f"{value[:40]!r}…: {len(value)} characters; at most {self.most}")
+        return value
+
+
+# Names that SLURM itself gives meaning to: no quote, space or `$` is part of one.
+_IN_NAME = "letters, digits and _ . @ + : -"
+Name = Annotated[str, Spelling(r"[A-Za-z0-9][A-Za-z0-9_.@+:-]*", f"one name: {_IN_NAME}", 128)]
+Names = Annotated[
+    str, Spelling(r"[A-Za-z0-9][A-Za-z0-9_.@+:,\[\]-]*", f"names with commas: {_IN_NAME} [ ]", 1024)
+]
+Constraint = Annotated[
+    str,
+    Spelling(
+        r"[A-Za-z0-9_\[(][A-Za-z0-9_&|*()\[\].-]*",
+        "features joined by & or |, no spaces: a100&ib",
+        256,
+    ),
+]
+Memory = Annotated[str, Spelling("[1-9][0-9]*[KMGT]", "a whole number and K, M, G or T: 480G")]
+_TIME_WORDS = "[days-]hours:minutes:seconds in quotes: '2-00:00:00', '01:30:00'"
+
+
+def _no_number(value: Any) -> Any:
+    if isinstance(value, int | float):  # YAML takes 24:00:00 for a number of base 60
+        raise ValueError(f"{value!r} is a number: write {_TIME_WORDS}")
+    return value
+
+
+TimeLimit = Annotated[
+    str, BeforeValidator(_no_number), Spelling(r"(\d{1,3}-)?\d{1,3}:[0-5]\d:[0-5]\d", _TIME_WORDS)
+]
+_ONE_LINE = r"[^\x00-\x1f\x7f]"
+Line = Annotated[str, Spelling(f"{_ONE_LINE}+", "text of one line, without control characters")]
+# Jobs run in the run root: a relative path would mean another place than beside this file.
+Absolute = Annotated[
+    str, Spelling(f"/{_ONE_LINE}*", "a path from the root, on one line; ~ and $NAME are not expanded")
+]
+Mount = Annotated[
+    str,
+    Spelling(r"/[^\x00-\x1f\x7f,]*", "a path from the root without a comma, or two: /outside:/inside"),
+]
+# bash refuses to set these, and the job would end there
+_READ_ONLY = ("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID")
+Variable = Annotated[
+    str,
+    Spelling(
+        f"(?!(?:{'|'.join(_READ_ONLY)})$)[A-Za-z_][A-Za-z0-9_]*",
+        f"a variable's name: letters, digits and _, and none of {', '.join(_READ_ONLY)}",
+    ),
+]
+Value = Annotated[
+    str,
+    Field(coerce_numbers_to_str=True),
+    Spelling(f"{_ONE_LINE}*", "text of one line, without control characters"),
+]
+
 # What submit itself says of a job: an option again would contradict it, or break the chain of stages.
-_OWN_OPTIONS = frozenset(
-    "account array begin chdir comment constraint cpus-per-task dependency error exclude export gres "
-    "gpus gpus-per-node gpus-per-task job-name kill-on-invalid-dep mem nodes no-requeue ntasks "
-    "ntasks-per-node open-mode output parsable partition qos requeue reservation signal time wait wrap".split()
+_SAID = (
+    "account array begin chdir clusters comment constraint cpus-per-gpu cpus-per-task dependency error "
+    "exclude export export-file gpus gpus-per-node gpus-per-socket gpus-per-task gres help job-name "
+    "kill-on-invalid-dep mem nodefile nodes no-kill no-requeue ntasks ntasks-per-core ntasks-per-gpu "
+    "ntasks-per-node ntasks-per-socket open-mode output parsable partition qos requeue reservation "
+    "signal test-only time usage version wait wrap"
 )
+_OWN_OPTIONS = frozenset(_SAID.split())
+
+
+def _own_option(option: str) -> str:
+    name = option.removeprefix("--").partition("=")[0]
+    own = [known for known in sorted(_OWN_OPTIONS) if known.startswith(name)]  # sbatch takes a beginning too
+    if own:
+        raise ValueError(
+            f"{option!r}: --{name if name in own else own[0]} is said by `train`, `data` or submit itself; "
+            "leave it out here"
+        )
+    return option
+
+
+Option = Annotated[
+    str,
+    AfterValidator(_own_option),
+    Spelling(f"--[a-z][a-z-]+(={_ONE_LINE}+)?", "a long option of sbatch: --name or --name=value"),
+]
 
 
 def seconds_of(limit: str) -> int:
@@ -96,20 +192,21 @@ class Container(Frozen):
 
     kind: Literal["apptainer", "pyxis"]
     image: Line = Field(description="a .sif file (apptainer), a .sqsh file or registry#image (pyxis)")
-    mounts: tuple[Line, ...] = Field(default=(), description="folders that the image sees too: /scratch")
+    mounts: tuple[Mount, ...] = Field(default=(), description="folders that the image sees too: /scratch")
     python: Line = Field(default="python", description="in the image")
 
-    @field_validator("mounts")
-    @classmethod
-    def _no_commas(cls, mounts: tuple[str, ...]) -> tuple[str, ...]:
-        for mount in mounts:
-            if "," in mount:
-                raise ValueError(f"'{mount}': a comma separates mounts and cannot be part of one")
-        return mounts
+    @model_validator(mode="after")
+    def _image_is_found_from_anywhere(self) -> "Container":
+        if self.kind == "apptainer" and not (self.image.startswith("/") or "://" in self.image):
+            raise ValueError(
+                f"image: {self.image!r}: write a path from the root or an address (docker://…): jobs do not "
+                "run in this file's folder"
+            )
+        return self
 
 
 class Conda(Frozen):
-    root: Line = Field(description="where conda is installed: /opt/miniforge3")
+    root: Absolute = Field(description="where conda is installed: /opt/miniforge3")
     name: Line = Field(description="of the environment, or its folder")
 
 
@@ -117,12 +214,12 @@ class Environment(Frozen):
     """What a job sets up before Python starts, in this order."""
 
     modules: tuple[Line, ...] = Field(default=(), description="`module load` each")
-    source: Line | None = Field(default=None, description="a bash file of your own, sourced by the job")
-    venv: Line | None = Field(default=None, description="folder of a virtual environment")
+    source: Absolute | None = Field(default=None, description="a bash file of your own, sourced by the job")
+    venv: Absolute | None = Field(default=None, description="folder of a virtual environment")
     conda: Conda | None = None
     container: Container | None = None
-    variables: dict[Variable, Annotated[str, Field(coerce_numbers_to_str=True)]] = Field(
-        default_factory=dict, description="exported: NCCL_SOCKET_IFNAME …"
+    variables: dict[Variable, Value] = Field(
+        default_factory=dict, description="exported as they are: NCCL_SOCKET_IFNAME …"
     )
 
     @model_validator(mode="after")
@@ -130,9 +227,6 @@ class Environment(Frozen):
         given = [name for name in ("venv", "conda", "container") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{given[1]}: {' and '.join(given)} both give the Python; leave one out")
-        for name, value in self.variables.items():
-            if any(ord(character) < 32 for character in value):
-                raise ValueError(f"variables.{name}: a control character in {value!r}; one line each")
         return self
 
 
@@ -160,30 +254,20 @@ class Cluster(Frozen):
         default_factory=dict, description="by stage: what is different from `train` or `data`"
     )
     environment: Environment = Environment()
-    scratch: Line | None = Field(
-        default=None, description="fast disk of a node, for what may be lost: TMPDIR of the job"
+    scratch: Absolute | None = Field(
+        default=None,
+        description="fast disk of a node, for what may be lost: the job's TMPDIR",
     )
     save_s: int = Field(
         default=300,
         ge=30,
         le=65535,
-        description="seconds before the time limit at which a job is told to save",
+        description="seconds before the time limit at which it is told to save",
     )
     restarts: Restarts = Restarts()
-    sbatch_options: tuple[Line, ...] = Field(
+    sbatch_options: tuple[Option, ...] = Field(
         default=(), description="any other option of sbatch, for every job: --mail-type=FAIL"
     )
-
-    @field_validator("sbatch_options")
-    @classmethod
-    def _are_options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
-        for option in options:
-            found = _OPTION.match(option)
-            if found is None:
-                raise ValueError(f"'{option}' is no long option of sbatch; write --name or --name=value")
-            if found[1] in _OWN_OPTIONS:
-                raise ValueError(f"'{option}': --{found[1]} is said by `train`, `data` or submit itself")
-        return options
 
     @model_validator(mode="after")
     def _save_fits(self) -> "Cluster":
@@ -215,24 +299,28 @@ class Cluster(Frozen):
         return base.model_dump() | changed
 
     def check_stages(self, distributed: Mapping[str, bool], path: Path) -> None:
-        """Raise StageError where `stages` names one that the recipe has not, or a field of another kind."""
+        """Raise StageError where `stages` names one that the recipe has not, or a field of another kind.
+
+        `distributed`: of each stage of the recipe, whether it trains; `path`: what `load` was given.
+        """
         for name, own in self.stages.items():
             if name not in distributed:
                 raise StageError(
-                    f"{path}: stages.{name}: the recipe has no such stage{nearest(name, list(distributed))}; "
+                    f"{_place(path, name)}: the recipe has no such stage{nearest(name, list(distributed))}; "
                     f"its stages: {', '.join(distributed)}"
                 )
             kind = TrainPlacement if distributed[name] else DataPlacement
-            wrong = sorted(set(own.model_dump(exclude_none=True)) - set(kind.model_fields))
+            wrong = [field for field in own.model_dump(exclude_none=True) if field not in kind.model_fields]
             if wrong:
                 raise StageError(
-                    f"{path}: stages.{name}.{wrong[0]}: not a field of a "
+                    f"{_place(path, name, wrong[0])}: not a field of a "
                     f"{'training' if distributed[name] else 'data'} stage; allowed: "
                     f"{', '.join(kind.model_fields)}"
                 )
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "slurm" / "clusters"
+_WHAT = "cluster file"
 
 
 def load(path: Path) -> Cluster:
@@ -240,10 +328,35 @@ def load(path: Path) -> Cluster:
 
     A name alone ("a100_8x8") means the file of that name in slurm/clusters.
     """
-    if not path.is_file() and path == Path(path.name) and (FOLDER / f"{path}.yaml").is_file():
-        path = FOLDER / f"{path}.yaml"
-    source = recipe_source.read(path, what="cluster file")
+    source = recipe_source.read(_find(path), what=_WHAT)
     try:
         return Cluster.model_validate(source.values)
     except ValidationError as error:
         raise recipe_errors.explain(error, Cluster, (), source) from error
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a cluster file, for editors."""
+    whole = Cluster.model_json_schema()
+    whole["properties"]["extends"] = {
+        "type": "string",
+        "description": "a cluster file that this one changes",
+    }
+    whole["required"] = []  # with `extends`, any part may come from the other file
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **whole,
+        "title": "Tandem cluster file",
+    }
+
+
+def _find(path: Path) -> Path:
+    shipped = FOLDER / f"{path}.yaml"
+    return shipped if path == Path(path.name) and not path.is_file() and shipped.is_file() else path
+
+
+def _place(path: Path, *location: str) -> str:
+    """'slurm/clusters/own.yaml:12: stages.crawl.nodes': where the file says it."""
+    source = recipe_source.read(_find(path), what=_WHAT)
+    full = ("stages", *location)
+    return f"{source.where(full)}: {'.'.join(full)}"

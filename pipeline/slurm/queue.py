@@ -11,10 +11,15 @@ from stages.base import StageError
 
 TIMEOUT_S = 60.0
 # Of a job that may still do something.
-LIVE = frozenset(
-    "PENDING CONFIGURING RUNNING SUSPENDED COMPLETING REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESIZING "
-    "SIGNALING STAGE_OUT STOPPED".split()
+_LIVE = (
+    "PENDING CONFIGURING RUNNING SUSPENDED COMPLETING REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT "
+    "RESIZING SIGNALING STAGE_OUT STOPPED"
 )
+LIVE = frozenset(_LIVE.split())
+# SLURM's commands take options from variables too. Those of the shell, or of a job that this runs in, would
+# change what a job is given, hide jobs, or go on to the job's own srun. These say which cluster it is:
+_ITS_VARIABLES = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SCANCEL_", "SACCT_", "SCONTROL_")
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")
 _FORMAT = "%A|%F|%K|%T|%r|%S|%e|%N|%k"  # the comment last: it alone may hold a '|'
 
 
@@ -68,26 +73,33 @@ class Ended:
 def ask(*command: str | Path, timeout_s: float = TIMEOUT_S) -> str:
     """The output of one of SLURM's commands. Raises QueueError with what it said."""
     name = str(command[0])
-    # Variables would change what a job is given behind the script's back; task lists are to come whole.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SBATCH_")}
-    environment["SLURM_BITSTR_LEN"] = "0"
     try:
         done = subprocess.run(
             [str(part) for part in command],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # other jobs of the user may have any bytes in their comments
             timeout=timeout_s,
             check=False,
-            env=environment,
+            env=_environment(),
         )
     except FileNotFoundError:
         raise QueueError(f"{name} is not there: run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise QueueError(f"{name} gave no answer within {timeout_s:.0f} s: is slurmctld up?") from None
+        raise QueueError(f"{name} gave no answer within {timeout_s:g} s: is slurmctld up?") from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip()
         raise QueueError(f"{name}: {said or f'exit code {done.returncode}'}")
     return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_ITS_VARIABLES) or name in _OF_THE_CLUSTER
+    }
+    return kept | {"SLURM_BITSTR_LEN": "0"}  # task lists are to come whole
 
 
 def jobs(ids: Sequence[int] = ()) -> list[QueuedJob]:
@@ -130,20 +142,29 @@ def cancel(ids: Iterable[int]) -> None:
 def ended(id_: int) -> Ended | None:
     """How a job ended: from scontrol while it knows it, else from sacct; None where neither does."""
     try:
-        text = ask("scontrol", "--oneliner", "show", "job", str(id_))
-        found = dict(re.findall(r"(JobState|ExitCode|Reason)=(\S+)", text.splitlines()[0] if text else ""))
-        if found:
-            return Ended(found["JobState"], found["ExitCode"], found.get("Reason", ""))
+        found = of_controller(ask("scontrol", "show", "job", str(id_)))
     except QueueError:
-        pass  # slurmctld forgets a job after MinJobAge
+        found = None  # slurmctld forgets a job after MinJobAge
+    if found is not None:
+        return found
     try:
-        text = ask(
-            "sacct", "-X", "--noheader", "--parsable2", "--format=State,ExitCode,Reason", "-j", str(id_)
-        )
+        job = f"--jobs={id_}"
+        return of_accounting(ask("sacct", "-X", "--noheader", "--parsable2", "--format=State,ExitCode", job))
     except QueueError:
         return None  # no accounting on this cluster
-    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
-    return Ended(rows[-1][0].partition(" ")[0], rows[-1][1], rows[-1][2]) if rows else None
+
+
+def of_controller(text: str) -> Ended | None:
+    """What `scontrol show job` says. The name of the job, which may have any words, is not on these lines."""
+    state = re.search(r"^ +JobState=(\S+) Reason=(.*) Dependency=", text, re.MULTILINE)
+    code = re.search(r"^ +Requeue=.* ExitCode=(\S+)$", text, re.MULTILINE)
+    return Ended(state[1], code[1], state[2]) if state and code else None
+
+
+def of_accounting(text: str) -> Ended | None:
+    """What sacct says, a row a start of the job. Its reason is why the job waited: it is left out."""
+    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 1]
+    return Ended(rows[-1][0].partition(" ")[0], rows[-1][1]) if rows else None  # "CANCELLED by 1000"
 
 
 def max_array_size() -> int:

@@ -1,4 +1,9 @@
-"""Renders slurm/stage.sbatch for one job: the cluster file's options and settings, every value quoted."""
+"""Renders slurm/stage.sbatch for one job: the cluster file's options and settings, every value quoted.
+
+Two parsers read a script. sbatch reads the `#SBATCH` lines: spaces, quotes and `#` are text between double
+quotes alone, a backslash takes the next character as it is, and `%` begins a pattern in names of logs. bash
+reads the rest: `shlex.quote`.
+"""
 
 import re
 import shlex
@@ -11,7 +16,7 @@ from stages.base import StageError
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "stage.sbatch"
 SETTINGS, END = "# ---- settings\n", "# ---- end of settings\n"
-_SAFE = re.compile(r"[A-Za-z0-9_./=:,@%+\[\]-]")
+_SAFE = re.compile(r"[A-Za-z0-9_./=:,@%+\[\]-]*")
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,10 @@ def render(job: JobSpec, cluster: Cluster, template: Path = TEMPLATE) -> str:
         raise StageError(f"{template}: {error.strerror}; run Tandem from its own folder") from error
     body = text[text.index(END) + len(END) :]
     options = "".join(f"#SBATCH {option}\n" for option in _options(job, cluster))
+    title = f"{_one_line('job name', job.name)} on {cluster.name}"
+    head = f"# {title}: rendered by Tandem from slurm/{template.name}."
     return (
-        "#!/bin/bash\n"
-        f"# {_one_line(job.name)} on {cluster.name}: rendered by `tandem submit` from slurm/stage.sbatch.\n"
-        f"{options}\nset -euo pipefail\n\n{SETTINGS}{_settings(job, cluster)}{END}{body}"
+        f"#!/bin/bash\n{head}\n{options}\nset -euo pipefail\n\n{SETTINGS}{_settings(job, cluster)}{END}{body}"
     )
 
 
@@ -57,8 +62,8 @@ def _options(job: JobSpec, cluster: Cluster) -> Iterator[str]:
     yield from _quoted("chdir", str(job.working_directory))
     yield from _quoted("output", _pattern(job.log))
     for option in cluster.sbatch_options:
-        name, _, value = option.removeprefix("--").partition("=")
-        yield from _quoted(name, value or True)
+        name, equals, value = option.removeprefix("--").partition("=")
+        yield from _quoted(name, value) if equals else [option]
 
 
 def _placement(placement: Placement) -> Iterator[str]:
@@ -80,17 +85,23 @@ def _placement(placement: Placement) -> Iterator[str]:
         yield from _quoted("mem", placement.memory)
 
 
-def _quoted(name: str, value: str | bool | None) -> Iterator[str]:
-    """An option as sbatch reads it: no shell looks at it, a backslash takes any character as it is."""
-    if value is True:
-        yield f"--{name}"
-    elif value is not None:
-        yield f"--{name}={''.join(c if _SAFE.match(c) else chr(92) + c for c in _one_line(str(value)))}"
+def _quoted(name: str, value: str | None) -> Iterator[str]:
+    """An option as sbatch reads it; none for None."""
+    if value is not None:
+        whole = _one_line(name, value)
+        if _SAFE.fullmatch(whole) is None:
+            whole = '"' + whole.replace("\\", r"\\").replace('"', r"\"") + '"'
+        yield f"--{name}={whole}"
 
 
-def _one_line(text: str) -> str:
-    if not text.isprintable():
-        raise StageError(f"{text!r}: a line break or control character cannot be part of a job's script")
+def _one_line(what: str, text: str) -> str:
+    """The text, if a line of a script can hold it byte for byte; `what` it is, for the error."""
+    if any(ord(character) < 32 or ord(character) == 127 for character in text):
+        raise StageError(f"{what}: {text!r}: a job's script cannot hold line breaks and control characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise StageError(f"{what}: {text!r}: a job's script cannot hold a name that is not UTF-8") from None
     return text
 
 
@@ -104,34 +115,44 @@ def _pattern(log: Path) -> str:
 def _settings(job: JobSpec, cluster: Cluster) -> str:
     environment = cluster.environment
     lines = [*_setup(environment, cluster.scratch)]
-    python, step_options = _python(environment, job.python)
+    python, step_options = _python(environment, cluster.scratch, _one_line("python", job.python))
     lines.append(f"python=({shlex.join(python)})")
     lines.append(f"step_options=({shlex.join(step_options)})")
     limits = ["--failures", str(cluster.restarts.failures), "--starts", str(cluster.restarts.total)]
     lines.append(f"limits=({shlex.join(limits)})")
     lines.append(f"save_s={cluster.save_s}")
-    lines.append(f"set -- {shlex.join([_one_line(argument) for argument in job.arguments])}")
+    lines.append(f"set -- {shlex.join(_arguments(job.arguments))}")
     if job.array is not None:
         lines.append(f'set -- "$@" --task $(({job.task_offset} + SLURM_ARRAY_TASK_ID))')
     return "".join(f"{line}\n" for line in lines)
 
 
+def _arguments(arguments: Sequence[str]) -> Iterator[str]:
+    """The script's own: the recipe, the stage, options."""
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        what = before if before.startswith("--") else "the recipe's path"
+        yield _one_line(what, argument)
+
+
 def _setup(environment: Environment, scratch: str | None) -> Iterator[str]:
-    for module in environment.modules:
-        yield f"module load {shlex.quote(module)}"
+    """What is loaded and set before Python starts. Code from elsewhere may use unset variables."""
+    foreign = [f"module load {shlex.quote(module)}" for module in environment.modules]
     if environment.source is not None:
-        yield f". {shlex.quote(environment.source)}"
+        foreign.append(f". {shlex.quote(environment.source)}")
     if environment.conda is not None:
-        # conda's own scripts use unset variables
-        script = f"{environment.conda.root}/etc/profile.d/conda.sh"
-        yield f"set +u; . {shlex.quote(script)}; conda activate {shlex.quote(environment.conda.name)}; set -u"
+        foreign.append(f". {shlex.quote(f'{environment.conda.root}/etc/profile.d/conda.sh')}")
+        foreign.append(f"conda activate {shlex.quote(environment.conda.name)}")
+    if foreign:
+        yield from ("set +u", *foreign, "set -u")
     for name, value in environment.variables.items():
         yield f"export {name}={shlex.quote(value)}"
     if scratch is not None:
         yield f"export TMPDIR={shlex.quote(scratch)}"
 
 
-def _python(environment: Environment, submitted_with: str) -> tuple[list[str], list[str]]:
+def _python(
+    environment: Environment, scratch: str | None, submitted_with: str
+) -> tuple[list[str], list[str]]:
     """How Python is started, and srun's options for it."""
     container = environment.container
     if environment.conda is not None:
@@ -140,11 +161,14 @@ def _python(environment: Environment, submitted_with: str) -> tuple[list[str], l
         return [f"{environment.venv}/bin/python"], []
     if container is None:
         return [submitted_with], []
+    mounts = list(container.mounts)
+    if scratch is not None and all(mount.rpartition(":")[2] != scratch for mount in mounts):
+        mounts.append(scratch)  # TMPDIR must be there in the container too
     if container.kind == "apptainer":
-        mounts = [part for mount in container.mounts for part in ("--bind", mount)]
-        return ["apptainer", "exec", "--nv", *mounts, container.image, container.python], []
-    mounts = [f"--container-mounts={','.join(_both_sides(container.mounts))}"] if container.mounts else []
-    return [container.python], [f"--container-image={container.image}", *mounts]
+        binds = [part for mount in mounts for part in ("--bind", mount)]
+        return ["apptainer", "exec", "--nv", *binds, container.image, container.python], []
+    given = [f"--container-mounts={','.join(_both_sides(mounts))}"] if mounts else []
+    return [container.python], [f"--container-image={container.image}", *given]
 
 
 def _both_sides(mounts: Sequence[str]) -> list[str]:
