@@ -1,14 +1,24 @@
 """The command line: `tandem plan | run | submit | status | results | …`."""
 
-import json
-import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from pipeline.cli_options import (
+    ROOT,
+    UNCHANGED,
+    JsonOption,
+    RecipeArgument,
+    RootOption,
+    SetOption,
+    StopAfterOption,
+    TrackingOption,
+    console,
+    print_json,
+)
+from pipeline.slurm import commands as slurm_commands
 from stages.base import StageError
 
 app = typer.Typer(
@@ -37,62 +47,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeArgument = Annotated[
-    Path, typer.Argument(help="the recipe, a YAML file", metavar="RECIPE", show_default=False)
-]
-RootOption = Annotated[Path, typer.Option("--root", help="where runs are kept", metavar="DIR")]
-SetOption = Annotated[
-    list[str],
-    typer.Option("--set", help="change one value of the recipe; as often as you like", metavar="KEY=VALUE"),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
-TrackingOption = Annotated[
-    str | None,
-    typer.Option(
-        "--tracking-uri", help="MLflow server or database; 'off': none. Default: the recipe's", metavar="URI"
-    ),
-]
-
-StopAfterOption = Annotated[
-    str | None,
-    typer.Option(
-        "--stop-after",
-        help="save and end within this time (3h50m), exit code 75; also TANDEM_STOP_AT, in unix seconds",
-        metavar="TIME",
-    ),
-]
-
-ClusterOption = Annotated[
-    Path,
-    typer.Option("--cluster", help="a cluster file, or the name of one in slurm/clusters", metavar="FILE"),
-]
-
-_UNCHANGED: list[str] = []
-_PIPE_WIDTH = 150  # of tables that go to a file or a pipe
-
-_ROOT = Path("runs")
-
-
-def _console(**options: Any) -> Console:
-    console = Console(**options)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _PIPE_WIDTH
-    return console
-
-
-def _print_json(value: Any) -> None:
-    from pipeline.run_directory import finite
-
-    sys.stdout.write(
-        json.dumps(finite(value), indent=1, ensure_ascii=False, default=str, allow_nan=False) + "\n"
-    )
-
 
 @app.command()
 def plan(
     recipe: RecipeArgument,
-    root: RootOption = _ROOT,
-    overrides: SetOption = _UNCHANGED,
+    root: RootOption = ROOT,
+    overrides: SetOption = UNCHANGED,
     json_: JsonOption = False,
 ) -> None:
     """Say what would run, what is reused and why; start nothing.
@@ -111,10 +71,10 @@ def plan(
 
     made = planning.make(load(recipe, overrides), root)
     if not json_:
-        _console().print(tables.of_plan(made))  # at once: to count a model takes seconds
+        console().print(tables.of_plan(made))  # at once: to count a model takes seconds
     shown = estimates.of_plan(made)
     if json_:
-        _print_json(
+        print_json(
             {
                 "recipe": made.recipe.name,
                 "stages": [stage.as_json() | {"training": shown.get(stage.name)} for stage in made.stages],
@@ -122,7 +82,7 @@ def plan(
         )
         return
     for table in estimates.tables(shown):
-        _console().print(table)
+        console().print(table)
 
 
 def _run(
@@ -139,10 +99,9 @@ def _run(
 
     stop_at = stop_time.stop_at(stop_after)
     request = runner.Request(recipe, root, tuple(overrides), first, last, uri, stop_at)
-    console = _console(stderr=json_)
-    ran = runner.run(request, console)
+    ran = runner.run(request, console(stderr=json_))
     if json_:
-        _print_json(ran.as_json())
+        print_json(ran.as_json())
     elif ran.code == 0 and "evaluate" in {*ran.ran, *ran.reused}:
         _show_recalls(recipe, root, overrides)
     raise typer.Exit(ran.code)
@@ -151,8 +110,8 @@ def _run(
 @app.command()
 def run(
     recipe: RecipeArgument,
-    root: RootOption = _ROOT,
-    overrides: SetOption = _UNCHANGED,
+    root: RootOption = ROOT,
+    overrides: SetOption = UNCHANGED,
     from_: Annotated[
         str | None, typer.Option("--from", help="begin with this stage", metavar="STAGE")
     ] = None,
@@ -181,8 +140,8 @@ def stage(
     stage: Annotated[
         str, typer.Argument(help="the stage's name in the recipe", metavar="STAGE", show_default=False)
     ],
-    root: RootOption = _ROOT,
-    overrides: SetOption = _UNCHANGED,
+    root: RootOption = ROOT,
+    overrides: SetOption = UNCHANGED,
     tracking_uri: TrackingOption = None,
     stop_after: StopAfterOption = None,
     json_: JsonOption = False,
@@ -197,8 +156,8 @@ def stage(
 @app.command()
 def status(
     recipe: RecipeArgument,
-    root: RootOption = _ROOT,
-    overrides: SetOption = _UNCHANGED,
+    root: RootOption = ROOT,
+    overrides: SetOption = UNCHANGED,
     watch: Annotated[bool, typer.Option("--watch", help="show it anew until all has ended")] = False,
     json_: JsonOption = False,
 ) -> None:
@@ -214,18 +173,18 @@ def status(
     from pipeline import status_command
 
     if json_:
-        _print_json(status_command.as_json(recipe, root, overrides))
+        print_json(status_command.as_json(recipe, root, overrides))
     elif watch:
-        status_command.watch(recipe, root, overrides, _console())
+        status_command.watch(recipe, root, overrides, console())
     else:
-        status_command.show(recipe, root, overrides, _console())
+        status_command.show(recipe, root, overrides, console())
 
 
 @app.command()
 def results(
     recipe: RecipeArgument,
-    root: RootOption = _ROOT,
-    overrides: SetOption = _UNCHANGED,
+    root: RootOption = ROOT,
+    overrides: SetOption = UNCHANGED,
     json_: JsonOption = False,
 ) -> None:
     """The recall table, and what each stage counted and measured.
@@ -241,12 +200,12 @@ def results(
     run_view = viewing.view(recipe, root, overrides)
     found = viewing.as_json(run_view)
     if json_:
-        _print_json(found)
+        print_json(found)
     else:
-        _console().print(tables.of_stages(run_view))
+        console().print(tables.of_stages(run_view))
         _show_recalls(recipe, root, overrides)
     sys.stdout.flush()
-    say = _console(stderr=True).print
+    say = console(stderr=True).print
     mlflow_follow.catch_up(run_view, load_head(recipe, overrides)[0].tracking, say)
 
 
@@ -256,7 +215,7 @@ def _show_recalls(recipe: Path, root: Path, overrides: list[str]) -> None:
 
     run_view = viewing.view(recipe, root, overrides)
     table = tables.of_recalls(viewing.as_json(run_view)["metrics"], f"results of {run_view.name}")
-    _console().print(table if table is not None else "nothing is evaluated yet: tandem run " + str(recipe))
+    console().print(table if table is not None else "nothing is evaluated yet: tandem run " + str(recipe))
 
 
 @app.command()
@@ -264,8 +223,8 @@ def compare(
     recipes: Annotated[
         list[Path], typer.Argument(help="one recipe or more", metavar="RECIPE...", show_default=False)
     ],
-    root: RootOption = _ROOT,
-    overrides: SetOption = _UNCHANGED,
+    root: RootOption = ROOT,
+    overrides: SetOption = UNCHANGED,
     runs: Annotated[
         bool, typer.Option("--runs", help="every finished run of each recipe, not the current alone")
     ] = False,
@@ -291,17 +250,17 @@ def compare(
         )
     found = comparing.compare(columns)
     if json_:
-        _print_json(found.as_json())
+        print_json(found.as_json())
         return
     for table in tables.of_comparison(found):
-        _console().print(table)
+        console().print(table)
 
 
 @app.command()
 def report(
     recipe: RecipeArgument,
-    root: RootOption = _ROOT,
-    overrides: SetOption = _UNCHANGED,
+    root: RootOption = ROOT,
+    overrides: SetOption = UNCHANGED,
     out: Annotated[
         Path | None, typer.Option("--out", help="the file; default: beside the runs", metavar="FILE")
     ] = None,
@@ -319,91 +278,8 @@ def report(
     sys.stdout.write(f"{path}\n")
 
 
-@app.command()
-def submit(
-    recipe: RecipeArgument,
-    cluster: ClusterOption,
-    root: RootOption = _ROOT,
-    overrides: SetOption = _UNCHANGED,
-    from_: Annotated[
-        str | None, typer.Option("--from", help="begin with this stage", metavar="STAGE")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the jobs and their scripts; send nothing")
-    ] = False,
-    json_: JsonOption = False,
-) -> None:
-    """Send the recipe to SLURM: one job a stage, each after those that it reads.
-
-    What is done or has live jobs is not sent again: after a failure, or `tandem cancel`, submit once more and
-    what is missing runs.
-
-      tandem submit recipes/demo.yaml --cluster slurm/clusters/a100_8x8.yaml --dry-run
-
-      tandem submit recipes/demo.yaml --cluster slurm/clusters/a100_8x8.yaml
-    """
-    from pipeline.slurm import submit as submitting
-
-    request = submitting.Request(
-        recipe, root, cluster, tuple(overrides), from_, dry_run, python=sys.executable
-    )
-    sent = submitting.submit(request)
-    if json_:
-        _print_json({"recipe": str(recipe), "stages": [one.as_json() for one in sent]})
-        return
-    for one in sent:
-        sys.stdout.write(f"{one.stage:16} {one.action:10} {one.what}\n")
-        if dry_run:
-            for name, text in one.scripts.items():
-                sys.stdout.write(f"\n---- {name}\n{text}\n")
-
-
-@app.command()
-def cancel(recipe: RecipeArgument, root: RootOption = _ROOT, overrides: SetOption = _UNCHANGED) -> None:
-    """Cancel the recipe's jobs. What runs is told to save; `tandem submit` goes on from there.
-
-    tandem cancel recipes/demo.yaml
-    """
-    from pipeline import results as viewing
-    from pipeline.slurm import submit as submitting
-
-    cancelled = submitting.cancel(viewing.view(recipe, root, overrides))
-    for job in cancelled:
-        sys.stdout.write(f"job {job.id} cancelled ({job.state.lower()})\n")
-    if not cancelled:
-        sys.stdout.write("no live job\n")
-
-
-@app.command()
-def doctor(
-    cluster: ClusterOption,
-    root: RootOption = _ROOT,
-    login_only: Annotated[bool, typer.Option("--login-only", help="ask SLURM alone; send no job")] = False,
-    wait_s: Annotated[
-        float, typer.Option("--wait-s", help="for the job, queue and all", metavar="SECONDS")
-    ] = 3600.0,
-    json_: JsonOption = False,
-) -> None:
-    """See whether a cluster is fit for what its file says: from the login node, then from a job.
-
-    Exit code 0: nothing is wrong (warnings are told), 2: something is.
-
-      tandem doctor --cluster slurm/clusters/a100_8x8.yaml
-    """
-    from dataclasses import asdict
-
-    from pipeline.slurm import cluster as clusters
-    from pipeline.slurm import doctor as doctors
-
-    say = _console(stderr=True).print
-    findings = doctors.examine(
-        clusters.load(cluster), root, sys.executable, say, wait_s=wait_s, login_only=login_only
-    )
-    if json_:
-        _print_json([asdict(finding) for finding in findings])
-    else:
-        _console().print(doctors.table(findings))
-    raise typer.Exit(2 if any(finding.state == "failure" for finding in findings) else 0)
+for command in (slurm_commands.submit, slurm_commands.cancel, slurm_commands.doctor):
+    app.command()(command)
 
 
 @app.command()
@@ -420,7 +296,7 @@ def schema(
         from pipeline.slurm.cluster import schema as made
     else:
         from pipeline.recipe import schema as made
-    _print_json(made())
+    print_json(made())
 
 
 def main() -> None:

@@ -63,11 +63,11 @@ def _status(stage: StageRun) -> StageStatus:
         errors = logs.read_errors(stage.directory)  # it failed before it made its directory
         return StageStatus(state="failed" if errors else "waiting", **common, **_error(errors))
     holder = directory.holder()
-    progress = _progress(stage.directory)
+    told = progress(stage.directory)
     if holder:
-        return StageStatus(state="running", holder=holder, **common, **progress)
+        return StageStatus(state="running", holder=holder, **common, **told)
     errors = logs.read_errors(stage.directory)
-    shown = {name: progress[name] for name in ("completed", "total") if name in progress}
+    shown = {name: told[name] for name in ("completed", "total") if name in told}
     if errors:
         return StageStatus(state="failed", **common, **shown, **_error(errors))
     return StageStatus(state="stopped", **common, **shown)
@@ -87,7 +87,8 @@ def _starts(directory: Path) -> int:
         return 0
 
 
-def _progress(directory: Path) -> dict[str, Any]:
+def progress(directory: Path) -> dict[str, Any]:
+    """What the stage last said that it does, and the seconds left at that speed."""
     try:
         state = json.loads((directory / "log" / "progress.json").read_text())
         completed, total, seconds = state["completed"], state["total"], state["seconds"]

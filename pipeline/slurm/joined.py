@@ -11,7 +11,7 @@ from pipeline.slurm import queue
 from pipeline.slurm.attempt import Ledger
 from pipeline.slurm.queue import QueuedJob, QueueError
 from pipeline.slurm.submit import StageJobs, jobs_of, sent_jobs
-from pipeline.status import StageStatus
+from pipeline.status import StageStatus, progress
 
 TAIL_LINES = 8  # of the log of what failed
 # Reasons for which a job will never start by itself.
@@ -78,6 +78,8 @@ def _of_live(row: StageStatus, live: Sequence[QueuedJob]) -> StageStatus:
     shown = str(first.id) if len(live) == 1 else f"{first.array_id} (+{len(live) - 1})"
     reason = first.reason if first.reason not in ("None", "") and not running else ""
     if running:
+        if row.state != "running":
+            row = replace(row, **progress(Path(row.directory)))
         return replace(row, state="running", job=shown, error=None, holder=row.holder or first.nodes)
     starts = "" if first.starts_at in ("N/A", "") else f", to start {first.starts_at}"
     stuck = f"SLURM will not start it: {reason}" if reason in STUCK else None
@@ -89,7 +91,8 @@ def _of_ended(stage: StageRun, row: StageStatus, sent: Sequence[dict[str, Any]])
     last = sent[-1] if sent else None
     job = None if last is None else int(last["job"])
     how = None if job is None else queue.ended(job)
-    verdict = next((one for one in reversed(Ledger(stage.directory).rows()) if one.get("event") == "end"), {})
+    ends = [one for one in Ledger(stage.directory).rows() if one.get("event") == "end"]
+    verdict: dict[str, Any] = ends[-1] if ends else {}
     if row.state == "waiting" and how is not None and how.state.startswith("CANCELLED"):
         return replace(row, state="cancelled", job=str(job), doing="it waits for a stage before it")
     if verdict.get("how") == "failed":
