@@ -94,6 +94,14 @@ def test_a_stop_goes_on_as_often_as_it_gets_on(tmp_path: Path) -> None:
     assert stopped(32, 290).code == worker.CRASHED
 
 
+def test_a_rank_that_stopped_because_another_died_is_no_stop(tmp_path: Path) -> None:
+    made = start(tmp_path)
+    attempt.srun_log(tmp_path, made).write_text(KILLED)
+    attempt.note_stopped(tmp_path, made, "stopped as it was asked to, and saved")
+    verdict = attempt.end(tmp_path, None, made, Limits(), srun_code=137)
+    assert (verdict.how, verdict.rank) == ("failed", 1)
+
+
 def test_what_an_earlier_start_said_is_not_taken_for_this_one(tmp_path: Path) -> None:
     attempt_before = start(tmp_path, 0)
     attempt.note_stopped(tmp_path, attempt_before, "stopped")

@@ -131,7 +131,8 @@ def judge(
     # Of this job: whoever submits again starts afresh
     ends = [row for row in before if row.get("event") == "end" and row.get("job") == start.job]
     failures = sum(row.get("how") == "failed" for row in ends)
-    stopped = _stopped(directory, start)
+    # srun tells the others to stop when one rank fails: that is no stop
+    stopped = _stopped(directory, start) if srun_code == 0 else None
     if stopped is not None:
         got_on = not ends or ends[-1].get("how") != "stopped" or ends[-1].get("step") != step
         if got_on:
