@@ -80,7 +80,7 @@ def _of_live(row: StageStatus, live: Sequence[QueuedJob]) -> StageStatus:
     if running:
         if row.state != "running":
             row = replace(row, **progress(Path(row.directory)))
-        return replace(row, state="running", job=shown, error=None, holder=row.holder or first.nodes)
+        return replace(row, state="running", job=shown, error=None, holder=first.nodes or row.holder)
     starts = "" if first.starts_at in ("N/A", "") else f", to start {first.starts_at}"
     stuck = f"SLURM will not start it: {reason}" if reason in STUCK else None
     return replace(row, state="queued", job=shown, doing=f"{reason}{starts}", error=stuck, completed=None)
