@@ -50,6 +50,19 @@ def identities(recipe: Recipe, root: Path) -> dict[str, Identity]:
     return found
 
 
+def absent_message(recipe: Recipe, identity: Identity) -> str:
+    """Names each field whose file is not there."""
+    named = recipe.stages[identity.stage].files()
+    lines = []
+    for path in identity.absent:
+        field = next((f for f, p in named.items() if (recipe.directory / p).resolve() == path), "files")
+        where = recipe.source.where(("stages", identity.stage, *field.split(".")))
+        lines.append(
+            f"{where}: stages.{identity.stage}.{field}: {path} is not there; make it or name another file"
+        )
+    return "\n".join(lines)
+
+
 def stage_files(config: StageConfig, directory: Path) -> dict[str, Path]:
     """The files outside the run directory that the stage reads, as absolute paths."""
     return {name: (directory / path).resolve() for name, path in config.files().items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import stages
-from pipeline.fingerprint import identities, stage_files
+from pipeline.fingerprint import absent_message, identities, stage_files
 from pipeline.recipe import load, load_head
 from pipeline.run_directory import RunDirectory
 from stages.base import KINDS
@@ -27,7 +27,7 @@ class StageRun:
     array: bool = False  # may run as an array of tasks
     ranks_wanted: int | None = None  # that its config is written for; None: any number
     reads: tuple[str, ...] = ()  # the stages that it reads
-    absent: tuple[Path, ...] = ()  # files that it needs and that are not there
+    absent: str = ""  # what to say of files that it needs and that are not there
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def view(recipe_path: Path, root: Path, overrides: Sequence[str] = ()) -> RunVie
                 entry["array"],
                 entry["ranks_wanted"],
                 tuple(entry["reads"]),
-                tuple(Path(path) for path in entry["absent"]),
+                entry["absent"],
             )
         )
     return RunView(head.name, recipe_path, root, runs, truth)
@@ -107,7 +107,7 @@ def _stages(
             "array": type(recipe.stages[stage]).array,
             "ranks_wanted": recipe.stages[stage].ranks_wanted(),
             "reads": list(dict.fromkeys(identity.input_stages.values())),
-            "absent": [str(path) for path in identity.absent],
+            "absent": absent_message(recipe, identity),
         }
         for stage, identity in found.items()
     ]
@@ -127,7 +127,7 @@ def _key(recipe_path: Path, values: dict[str, Any]) -> str:
     house = Path(next(iter(stages.__path__))).parent
     code = [*house.glob("stages/*.py"), *house.glob("learning/methods/*.py")]
     stamps = [[path.name, *(_stamp(path) or [])] for path in sorted(code)]
-    text = json.dumps([4, str(recipe_path.resolve()), values, stamps], sort_keys=True, default=str)
+    text = json.dumps([5, str(recipe_path.resolve()), values, stamps], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

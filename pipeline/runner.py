@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline import logs, plan, stop_time
+from pipeline.fingerprint import absent_message
 from pipeline.launch import Launcher, Outcome, StopRequest, environment, worker_command
 from pipeline.mlflow_follow import Follower, tracking_uri
 from pipeline.plan import Plan, StagePlan
@@ -17,7 +18,7 @@ from pipeline.recipe import load
 from pipeline.results import RunView, view
 from pipeline.run_directory import RunDirectory
 from pipeline.warden import Warden
-from pipeline.worker import DONE, STOPPED, absent_message
+from pipeline.worker import DONE, STOPPED
 from stages.base import STALLED, StageError
 
 

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from pipeline import array_tasks, locks, logs, stop_time
 from pipeline.events import Channel
-from pipeline.fingerprint import Identity, identities
+from pipeline.fingerprint import Identity, absent_message, identities
 from pipeline.progress import WorkerProgress
 from pipeline.recipe import Recipe, load
 from pipeline.run_directory import PARTS, RunDirectory
@@ -281,19 +281,6 @@ def _finish(start: _Start, tasks: int) -> Report:
     except SpoiltTasks as error:
         array_tasks.forget(start.run_directory.path, error.tasks)
         raise
-
-
-def absent_message(recipe: Recipe, identity: Identity) -> str:
-    """Names each field whose file is not there."""
-    named = recipe.stages[identity.stage].files()
-    lines = []
-    for path in identity.absent:
-        field = next((f for f, p in named.items() if (recipe.directory / p).resolve() == path), "files")
-        where = recipe.source.where(("stages", identity.stage, *field.split(".")))
-        lines.append(
-            f"{where}: stages.{identity.stage}.{field}: {path} is not there; make it or name another file"
-        )
-    return "\n".join(lines)
 
 
 def _inputs(recipe: Recipe, known: dict[str, Identity], identity: Identity, root: Path) -> dict[str, Path]:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.results import view
+from pipeline import recipe as recipes
+from pipeline.fingerprint import identities
 from pipeline.slurm.cluster import load
 from pipeline.slurm.submit import Request, submit
 from tests import slurm_cluster
@@ -56,7 +57,8 @@ def render_all(recipe: str, cluster: str, place: Path) -> dict[str, str]:
     for folder in ("recipes", "ds_configs"):
         shutil.copytree(REPOSITORY / folder, house / folder)
     path = house / "recipes" / f"{recipe}.yaml"
-    for absent in [path for stage in view(path, root).stages for path in stage.absent]:
+    known = identities(recipes.load(path), root)
+    for absent in [path for identity in known.values() for path in identity.absent]:
         absent.parent.mkdir(parents=True, exist_ok=True)
         absent.touch()
     overrides = ("seed=3", "description=it's $HOME; 100% of 图像")

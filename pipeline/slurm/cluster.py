@@ -351,8 +351,16 @@ def schema() -> dict[str, Any]:
 
 
 def _find(path: Path) -> Path:
+    if path.is_file() or path != Path(path.name) or path.suffix:
+        return path
     shipped = FOLDER / f"{path}.yaml"
-    return shipped if path == Path(path.name) and not path.is_file() and shipped.is_file() else path
+    if not shipped.is_file():
+        names = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+        raise StageError(
+            f"--cluster {path}: no such file, and none of that name in {FOLDER}{nearest(str(path), names)}; "
+            f"there: {', '.join(names)}"
+        )
+    return shipped
 
 
 def _place(path: Path, *location: str) -> str:

@@ -109,9 +109,9 @@ def submit(request: Request) -> list[Sent]:
     cluster.check_stages({stage.name: stage.distributed for stage in run.stages}, request.cluster)
     chosen = _chosen(run, request.first)
     _check_ranks(chosen, cluster, request.cluster)
-    absent = [f"stages.{s.name}: {path} is not there" for s in chosen if not s.done for path in s.absent]
+    absent = [stage.absent for stage in chosen if stage.absent and not stage.done]
     if absent:
-        raise StageError("\n".join([*absent, "make it, or name another file in the recipe"]))
+        raise StageError("\n".join(absent))
     if request.dry_run:
         return _Submission(request, run, cluster).send()
     folder = place(run)
@@ -295,7 +295,8 @@ class _Submission:
         self._cancel_waiting(live_finish)
         finish = self._send(stage, sent, "finish", waits_for or after, tasks)
         sent.jobs = [finish]
-        sent.what = f"{len(missing)} of {tasks} tasks in {len(pieces)} array(s), then job {finish}"
+        last = "a job" if self.request.dry_run else f"job {finish}"
+        sent.what = f"{len(missing)} of {tasks} tasks in {len(pieces)} array(s), then {last} that joins them"
         return sent
 
     def _cancel_waiting(self, jobs: Sequence[QueuedJob]) -> list[QueuedJob]:
