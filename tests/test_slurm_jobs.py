@@ -207,6 +207,9 @@ def test_a_recipe_that_changed_while_it_waited_is_refused(desk: Callable[..., De
     job = user.slurm.job(sent["numbers"]["jobs"][0])
     assert job["ExitCode"] == "2:0"
     assert "changed since stage 'numbers' was submitted" in Path(job["StdOut"]).read_text()
+    user.wait()
+    number = sent["numbers"]["jobs"][0]
+    assert user.status()["numbers"]["doing"] == f"the recipe changed after job {number}: submit it again"
 
 
 def test_bad_requests_are_told_before_anything_is_sent(desk: Callable[..., Desk]) -> None:

@@ -42,9 +42,21 @@ def join(run: RunView, rows: Sequence[StageStatus]) -> tuple[list[StageStatus], 
         known, problem = [], str(error)
     joined = []
     for stage, row in zip(run.stages, rows, strict=True):
-        own = [one for one in sent if one["stage"] == stage.name and one["directory"] == stage.directory.name]
-        joined.append(_joined(stage, row, jobs_of(run, stage, known), own, asked=problem is None))
+        of_stage = [one for one in sent if one["stage"] == stage.name]
+        own = [one for one in of_stage if one["directory"] == stage.directory.name]
+        row = _joined(stage, row, jobs_of(run, stage, known), own, asked=problem is None)
+        if row.state == "waiting" and of_stage and not own:
+            row = replace(row, doing=_of_earlier(of_stage[-1], known))
+        joined.append(row)
     return joined, problem
+
+
+def _of_earlier(sent: dict[str, Any], known: Sequence[QueuedJob]) -> str:
+    """The stage was sent, and then the recipe, or a file that it names, became another one."""
+    job = next((one for one in known if one.id == sent["job"] and one.live), None)
+    if job is None:
+        return f"the recipe changed after job {sent['job']}: submit it again"
+    return f"job {job.id} ({job.state.lower()}) is of the recipe before it changed: cancel it, submit again"
 
 
 def _joined(
