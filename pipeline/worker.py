@@ -219,7 +219,7 @@ def _work(
         _work_task(start, options.task, options.tasks, directory)
     elif options.finish or rank == 0:
         _work_whole(start, options.tasks, directory)
-    else:
+    elif not run_directory.check().done:  # rank 0 would not come to meet this one
         directory.append(run_directory.path)
         logs.clear_errors(run_directory.path, rank)
         _run(start, run_directory.path)

@@ -142,24 +142,27 @@ def test_by_hand(desk: Callable[..., Desk]) -> None:
     user = desk()
     user.tandem("run", "--until", "numbers")
     repository = Path(__file__).parents[1]
-    options = [
-        "--parsable",
-        f"--chdir={repository}",
-        "--ntasks-per-node=2",
-        f"--output={user.folder}/hand.log",
-    ]
-    arguments = [str(user.recipe), "train", "--root", str(user.folder / "runs")]
-    job = user.slurm.run(
-        "sbatch",
-        *options,
-        str(repository / "slurm/stage.sbatch"),
-        *arguments,
-        cwd=repository,
-        environment={"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(repository)},
-    ).strip()
-    assert user.slurm.wait(job) == ["COMPLETED"], (user.folder / "hand.log").read_text()
+    options = ["--parsable", f"--chdir={repository}", "--ntasks-per-node=2", f"--output={user.folder}/%j.log"]
+
+    def stage() -> str:
+        """Its log, once it has ended well."""
+        script = [str(repository / "slurm/stage.sbatch"), str(user.recipe), "train"]
+        job = user.slurm.run(
+            *("sbatch", *options, *script, "--root", str(user.folder / "runs")),
+            cwd=repository,
+            environment={"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(repository)},
+        ).strip()
+        ended = user.slurm.wait(job)
+        text = (user.folder / f"{job}.log").read_text()
+        assert ended == ["COMPLETED"], text
+        return text
+
+    assert "tandem: train: done: done" in stage()
     assert user.status()["train"]["state"] == "done"
     assert user.submit()["train"]["action"] == "done"
+    # as of a job whose node died between the end of the stage and its own: no rank waits for another
+    assert "tandem: train: done before" in stage()
+    assert user.status()["train"]["starts"] == 1
 
 
 def test_an_array_runs_again_what_failed_alone(desk: Callable[..., Desk]) -> None:

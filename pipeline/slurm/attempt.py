@@ -1,7 +1,8 @@
 """One start of a job: `begin` notes it, `end` finds out how it ended and whether the job shall start again.
 
 `python -m pipeline.slurm.attempt begin|end [--failures N] [--starts N] [--code C] -- <arguments of
-pipeline.worker>`: slurm/stage.sbatch calls both, before and after srun. `begin` prints the stage's directory.
+pipeline.worker>`: slurm/stage.sbatch calls both, before and after srun. `begin` prints the stage's directory;
+nothing where the stage is done, as when a node died between its end and the job's.
 `end` prints the verdict; its exit code is 0 (done), 75 (start again) or what the job shall end with.
 """
 
@@ -93,6 +94,13 @@ class Ledger:
             stream.write("\n" + json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def is_done(directory: Path, task: int | None) -> bool:
+    """Whether the stage, or this task of it, is done."""
+    if task is not None and array_tasks.record(directory, task) is not None:
+        return True
+    return RunDirectory(directory).check().done
+
+
 def begin(directory: Path, task: int | None, start: Start, limits: Limits) -> None:
     """Note the start. Raises StageError when the job has started too often."""
     if start.restart >= limits.starts:
@@ -124,8 +132,7 @@ def judge(
     srun_code: int,
 ) -> Verdict:
     """How this start ended, from what it left; `before`: the ledger's rows so far."""
-    whole = RunDirectory(directory).check().done
-    if whole or (task is not None and array_tasks.record(directory, task) is not None):
+    if is_done(directory, task):
         return Verdict(worker.DONE, "done", "done")
     step = last_metrics(directory / "log" / METRICS).get("step") if task is None else None
     # Of this job: whoever submits again starts afresh
@@ -252,13 +259,14 @@ def main(given: Sequence[str]) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # the batch script reads the directory and nothing else
             directory = stage_directory(own)
-            if options.what == "begin":
+            done_before = options.what == "begin" and is_done(directory, own.task)
+            if options.what == "begin" and not done_before:
                 begin(directory, own.task, start, limits)
     except StageError as error:
         print(f"tandem: {error}", file=sys.stderr)
         return worker.USER_ERROR
     if options.what == "begin":
-        print(directory)
+        print("" if done_before else directory)
         return worker.DONE
     verdict = end(directory, own.task, start, limits, options.code)
     rank = "" if verdict.rank is None else f" (rank {verdict.rank})"
