@@ -1,6 +1,6 @@
 """64 ranks on 8 nodes of a real SLURM: they start, all-reduce and train three steps, each where it should be.
 
-    python -m benchmarks.slurm_64_ranks               # 20 GB of memory
+    python -m benchmarks.slurm_64_ranks               # 26 GB of memory and swap
     python -m benchmarks.slurm_64_ranks --nodes 4 --gpus 4
 
 A private cluster on this machine (tests/slurm_cluster.py), gloo and the CPU. `tandem submit` sends it, as any
