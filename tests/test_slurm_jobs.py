@@ -54,7 +54,8 @@ def test_a_recipe_runs_as_a_chain_and_nothing_twice(desk: Callable[..., Desk]) -
     ("how", "message"), [("crash", "not finite"), ("kill", "Killed"), ("stall", "stands still")]
 )
 def test_a_failure_once_is_survived(desk: Callable[..., Desk], how: str, message: str) -> None:
-    user = desk(recipe=train(fail=how, fail_rank=0 if how == "stall" else 1, fail_step=3))
+    rank = 0 if how == "stall" else 1
+    user = desk(recipe=train(fail=how, fail_rank=rank, fail_step=3))
     user.submit()
     rows = user.wait()
     assert states(rows) == ["done"] * 3, user.tandem("status")
@@ -62,7 +63,7 @@ def test_a_failure_once_is_survived(desk: Callable[..., Desk], how: str, message
     ends = user.attempts("train")
     assert [end["code"] for end in ends] == [75, 0]
     assert message in ends[0]["message"]
-    assert "starts at step 2" in (user.directory("train") / "log/rank1.log").read_text()
+    assert "starts at step 2" in (user.directory("train") / f"log/rank{rank}.log").read_text()
 
 
 def test_the_same_failure_twice_ends_the_chain_and_comes_first(desk: Callable[..., Desk]) -> None:
