@@ -86,7 +86,8 @@ class Run:
 
     def job(self, stage: str = "pretrain_1") -> str:
         """The last one sent for the stage."""
-        rows = [json.loads(line) for line in (self.root / "demo/slurm/jobs.jsonl").read_text().splitlines()]
+        lines = (self.root / "demo/slurm/jobs.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines if line]
         return str([row["job"] for row in rows if row["stage"] == stage][-1])
 
     def node(self, stage: str = "pretrain_1", which: int = 0) -> str:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from pipeline import logs, worker
+from pipeline.results import RunView
 from pipeline.slurm import attempt
 from pipeline.slurm.attempt import Ledger, Limits, Start, Verdict
 from pipeline.slurm.rank import ranks
+from pipeline.slurm.submit import place, sent_jobs
 from stages.base import STALLED, StageError
 
 KILLED = """\
@@ -148,6 +150,29 @@ def test_a_ledger_cut_short_by_a_power_cut_is_read(tmp_path: Path) -> None:
     assert [row["event"] for row in ledger.rows()] == ["begin"]
     ledger.add("begin", Start("7", 1), {})
     assert [row["restart"] for row in ledger.rows()] == [0, 1]
+    with ledger.path.open("ab") as stream:
+        stream.write('{"message": "图'.encode()[:-1])  # in the middle of a character
+    assert [row["restart"] for row in ledger.rows()] == [0, 1]
+
+
+def test_a_ledger_that_cannot_be_written_does_not_take_the_verdict_along(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = start(tmp_path)
+    logs.write_error(tmp_path, logs.ErrorRecord(0, worker.USER_ERROR, "no disk space left", time=1.0))
+    Ledger(tmp_path).path.unlink()
+    Ledger(tmp_path).path.mkdir()
+    verdict = attempt.end(tmp_path, None, made, Limits(), srun_code=2)
+    assert (verdict.code, verdict.message) == (worker.USER_ERROR, "no disk space left")
+    assert "the verdict could not be noted: [Errno 21] Is a directory" in capsys.readouterr().err
+
+
+def test_the_list_of_jobs_is_read_past_half_a_line(tmp_path: Path) -> None:
+    run = RunView("tiny", tmp_path / "tiny.yaml", tmp_path, [], None)
+    path = place(run) / "jobs.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"job": 1}\n{"job": 2, "stag\n{"job": 3}\n')
+    assert [row["job"] for row in sent_jobs(run)] == [1, 3]
 
 
 def test_ranks_come_from_slurm() -> None:

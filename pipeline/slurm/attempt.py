@@ -77,7 +77,7 @@ class Ledger:
 
     def rows(self) -> list[dict[str, Any]]:
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             return []
         rows = []
@@ -119,7 +119,10 @@ def end(directory: Path, task: int | None, start: Start, limits: Limits, srun_co
     """Judge this start, and note the verdict."""
     ledger = Ledger(directory, task)
     verdict = judge(directory, task, ledger.rows(), start, limits, srun_code)
-    ledger.add("end", start, asdict(verdict))
+    try:
+        ledger.add("end", start, asdict(verdict))
+    except OSError as error:  # a full disk must not take the verdict along
+        print(f"tandem: {ledger.path}: the verdict could not be noted: {error}", file=sys.stderr)
     return verdict
 
 
@@ -262,9 +265,10 @@ def main(given: Sequence[str]) -> int:
             done_before = options.what == "begin" and is_done(directory, own.task)
             if options.what == "begin" and not done_before:
                 begin(directory, own.task, start, limits)
-    except StageError as error:
-        print(f"tandem: {error}", file=sys.stderr)
-        return worker.USER_ERROR
+    except (StageError, OSError) as error:
+        full = worker.disk_full_message(error, own.root)
+        print(f"tandem: {full or error}", file=sys.stderr)
+        return worker.USER_ERROR if full or isinstance(error, StageError) else worker.CRASHED
     if options.what == "begin":
         print("" if done_before else directory)
         return worker.DONE

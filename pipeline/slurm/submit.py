@@ -1,5 +1,6 @@
 """`tandem submit` and `tandem cancel`: one job a stage, chained; what is done or under way is not sent."""
 
+import contextlib
 import hashlib
 import json
 import time
@@ -147,10 +148,14 @@ def place(run: RunView) -> Path:
 def sent_jobs(run: RunView) -> list[dict[str, Any]]:
     """The list of jobs ever sent for the recipe, in order."""
     try:
-        lines = (place(run) / "jobs.jsonl").read_text(encoding="utf-8").splitlines()
+        text = (place(run) / "jobs.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):  # cut short by a power cut or a full disk
+            found.append(json.loads(line))
+    return found
 
 
 def cancel(run: RunView) -> list[QueuedJob]:
@@ -370,7 +375,7 @@ class _Submission:
             "time": time.time(),
         }
         with (self.folder / "jobs.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.write("\n" + json.dumps(row) + "\n")  # in front too: half a line may be there
 
 
 def _shown(jobs: Sequence[QueuedJob]) -> str:
