@@ -31,7 +31,7 @@ fi
 echo "setup: installing into .venv (about three minutes the first time)"
 .venv/bin/python -c '' 2>/dev/null || "$python" -m venv --clear .venv
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
-.venv/bin/python -m pip install --quiet -r requirements.lock
+.venv/bin/python -m pip install --quiet --no-deps -r requirements.lock
 .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 echo "$wanted" >"$stamp"
 echo "setup: done; the command is .venv/bin/tandem"
