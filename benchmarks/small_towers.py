@@ -24,7 +24,8 @@ from learning.training.checkpoint import CheckpointConfig, Checkpoints
 from learning.training.deepspeed_setup import read_deepspeed_config
 from learning.training.engine import Engine, OptimizerConfig
 from learning.training.loader import Batches, DataConfig, Failed, Loaded
-from learning.training.loop import Plan, fit
+from learning.training.loop import fit
+from learning.training.plan import Plan
 from learning.training.schedule import ScheduleConfig
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"

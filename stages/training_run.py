@@ -25,7 +25,8 @@ from learning.training.checkpoint import Checkpoints
 from learning.training.deepspeed_setup import read_deepspeed_config, zero_stage
 from learning.training.engine import Engine
 from learning.training.loader import Batches
-from learning.training.loop import Outcome, Plan, fit
+from learning.training.loop import fit
+from learning.training.plan import Outcome, Plan
 from learning.training.tower_tokens import TowerTokens, identity
 from learning.training.watchdog import FIRST_STEP_FACTOR, Watchdog
 from stages.base import Job, Report, StageError, Stopped, Task

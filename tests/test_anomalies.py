@@ -20,7 +20,8 @@ from learning.training.checkpoint import CheckpointConfig, Checkpoints
 from learning.training.deepspeed_setup import read_deepspeed_config
 from learning.training.engine import Engine, OptimizerConfig, StepResult
 from learning.training.loader import Batches, DataConfig
-from learning.training.loop import Outcome, Plan, fit
+from learning.training.loop import fit
+from learning.training.plan import Outcome, Plan
 from learning.training.schedule import ScheduleConfig, factor
 from stages.pretrain import Config, run
 from tests import survival_case
