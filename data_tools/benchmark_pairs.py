@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ibis
 import ibis.expr.types as ir
@@ -31,7 +31,8 @@ from data_tools.errors import DataError
 from data_tools.shards import ShardIndex
 from data_tools.splits import unit_hash
 
-SPLITS = ("train", "val", "test")
+SplitName = Literal["train", "val", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 BLOCK = 1000  # pictures whose texts are dealt out among themselves
 ROWS = 5000  # of a batch that is read or written
 REASONS = {
@@ -73,9 +74,12 @@ PAIRS = pa.schema(
 )
 
 
-def connect(scratch: Path) -> Backend:
-    """A DuckDB in memory that spills to `scratch`."""
-    connection: Backend = ibis.duckdb.connect(temp_directory=str(scratch / "spill"))
+def connect(scratch: Path, memory_limit: str | None = None) -> Backend:
+    """A DuckDB that spills to `scratch` beyond `memory_limit` (say "8GB"; None: its own default)."""
+    settings = {"temp_directory": str(scratch / "spill")}
+    if memory_limit is not None:
+        settings["memory_limit"] = memory_limit
+    connection: Backend = ibis.duckdb.connect(**settings)
     return connection
 
 
@@ -161,7 +165,7 @@ def _repeated(rows: ir.Table, reason: str, by: ir.Value, order: list[ir.Value]) 
     return rows.mutate(reason=ibis.ifelse(again, reason, rows.reason)).drop("copy_")
 
 
-def split_sizes(count: int, shares: Sequence[int]) -> dict[str, int]:
+def split_sizes(count: int, shares: Sequence[int]) -> dict[SplitName, int]:
     """8:1:1 of `count`, val and test rounded half up, the rest to train. DataError if one were under 2."""
     total = sum(shares)
     val, test = ((2 * count * share + total) // (2 * total) for share in shares[1:])

@@ -27,6 +27,7 @@ from data_tools.benchmark_corrections import CORRECTION_REASONS, finish_pairs
 from data_tools.benchmark_pairs import (
     REASONS,
     SPLITS,
+    SplitName,
     connect,
     read_rows,
     reasons,
@@ -50,7 +51,7 @@ _CHECK_STOP_EVERY = 1000  # samples
 class AnnotateConfig(Frozen):
     """The sheet on which people correct the pairs."""
 
-    splits: tuple[Literal["train", "val", "test"], ...] = Field(default=SPLITS, min_length=1)
+    splits: tuple[SplitName, ...] = Field(default=SPLITS, min_length=1)
     share: float = Field(default=1.0, gt=0, le=1, description="of these splits' pairs, by a seeded draw")
     pairs_per_page: int = Field(default=200, ge=1, le=2000)
     picture_px: int = Field(default=256, ge=32, le=1024, description="longer side of a picture on a page")
@@ -95,6 +96,11 @@ class Config(StageConfig):
     shard_bytes: int = Field(
         default=100_000_000, ge=1_000_000, description="a shard is closed once it has as many"
     )
+    memory_limit: str | None = Field(
+        default=None, description="DuckDB's memory, say '8GB'; null: its own default"
+    )
+
+    cosmetic: ClassVar[frozenset[str]] = frozenset({"memory_limit"})
 
     @field_validator("corrections", mode="before")
     @classmethod
@@ -153,7 +159,7 @@ class _Maker:
     def __init__(self, config: Config, job: Job, aside: Path, scratch: Path) -> None:
         self.config, self.job, self.aside, self.scratch = config, job, aside, scratch
         self.matching = SETS[config.set].matching
-        self.connection: Backend = connect(scratch)
+        self.connection: Backend = connect(scratch, config.memory_limit)
         self.counts: dict[str, int] = {}
         self.metrics: dict[str, float] = {}
 
@@ -306,7 +312,7 @@ class _Maker:
         annotate = self.config.annotate
         if annotate is None or self.config.corrections:
             return None
-        sizes = dict.fromkeys(SPLITS, 0)
+        sizes: dict[str, int] = dict.fromkeys(SPLITS, 0)
         for row in self._final_rows():
             sizes[row["split"]] += self._on_sheet(row)
         self.counts["on_sheet"] = sum(sizes.values())

@@ -1,7 +1,11 @@
 """Benchmarks made from a log: exact splits and labels, no text or picture twice, no true negative."""
 
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,11 +26,14 @@ from data_tools.benchmark_texts import (
     own_texts,
     set_of,
 )
+from data_tools.corpus_source import CorpusSource
 from data_tools.errors import DataError
 from data_tools.shards import ShardIndex, ShardWriter
-from learning.evaluation.gallery import gallery_of
+from learning.evaluation.gallery import gallery_of, texts_of
+from stages import evaluate
 from stages.base import StageError, Stopped
 from stages.benchmark import Config, run
+from tests import tiny_model
 from tests.benchmark_case import log_rows, make, pairs_of, words, write_shards, write_source
 from tests.data_helpers import make_job, picture
 from tests.test_shards import contents, pair
@@ -126,6 +133,22 @@ def test_a_gallery_opens_a_retrieval_set(made: dict[str, Path]) -> None:
     gallery = gallery_of(ShardIndex.open(made["iqr"] / "out", "test"), ["captions"])
     assert (len(gallery.images), len(gallery.texts)) == (20, 20)
     assert all(len(owners) == 1 for owners in gallery.owners)
+
+
+def test_the_evaluate_stage_and_the_loader_read_the_sets(made: dict[str, Path], tmp_path: Path) -> None:
+    weights = tiny_model.write_stage(tmp_path / "finetune")
+    galleries = [{"name": "icr", "split": "test", "texts": ["captions"]}]
+    config = evaluate.Config.model_validate({"galleries": galleries, "batch": 10, "examples": 2})
+    job = make_job(tmp_path / "evaluate", corpus=made["icr"], weights=weights)
+    report = evaluate.run(config, job)
+    assert report.counts == {"icr_images": 20, "icr_texts": 20}
+    data = CorpusSource(corpus=str(made["icm"] / "out"))
+    index = data.open(data.place(None, Path()), "train", Path())
+    labels = index.labels("match")
+    assert Counter(labels) == {"1": 80, "0": 80}
+    of_pair = {row["key"]: row for row in pairs_of(made["icm"])}
+    for place, key in enumerate(index.keys):
+        assert texts_of(index.record(place), "captions") == [of_pair[key]["text"]]
 
 
 def test_the_four_sets_share_no_picture(source: Path, tmp_path: Path) -> None:
@@ -251,6 +274,24 @@ def test_a_label_of_that_name_and_a_stop(tmp_path: Path, source: Path) -> None:
 def test_a_wrong_config_is_refused(changed: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         Config.model_validate({"set": "icm", "split": "benchmark"} | changed)
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_what_was_made_before(source: Path, made: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(made["icr"], tmp_path / "icr"))
+    before = contents(copy)
+    config = {"split": "benchmark", "sets": ["icr"], "set": "icr", "pairs": 200, "seed": 4}
+    command = [sys.executable, "-m", "tests.stage_process", "benchmark", json.dumps(config), str(copy)]
+    done = subprocess.run(
+        [*command, f"corpus={source}"],
+        env={**os.environ, "FILE_LIMIT": "50000"},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "no space left" in done.stderr
+    assert contents(copy) == before
 
 
 def test_corrections_enter_the_fingerprint() -> None:
