@@ -35,8 +35,12 @@ def finish_pairs(connection: Backend, pairs: Path, decisions: Path | None, match
         rows = _without_repeated(rows)
         if matching:
             rows = _balanced(rows)
-    order = ibis.cases(*((rows.split == name, place) for place, name in enumerate(SPLITS)), else_=len(SPLITS))
-    connection.to_parquet(rows.order_by(order, rows.key), out)
+    connection.to_parquet(rows.order_by(in_splits(rows), rows.key), out)
+
+
+def in_splits(rows: ir.Table) -> ir.IntegerValue:
+    """What pairs are ordered by first: train, val, test."""
+    return ibis.cases(*((rows.split == name, place) for place, name in enumerate(SPLITS)), else_=len(SPLITS))
 
 
 def _decided(rows: ir.Table, decisions: ir.Table, matching: bool) -> ir.Table:

@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import ibis
 import pyarrow.parquet as pq
 from ibis.backends.duckdb import Backend
 from pydantic import Field, field_validator, model_validator
 
 from data_tools.annotation_sheet import SheetWriter
 from data_tools.annotation_votes import check_votes, write_decisions, write_votes
-from data_tools.benchmark_corrections import CORRECTION_REASONS, finish_pairs
+from data_tools.benchmark_corrections import CORRECTION_REASONS, finish_pairs, in_splits
 from data_tools.benchmark_pairs import (
     REASONS,
     SPLITS,
@@ -141,7 +142,7 @@ def run(config: Config, job: Job) -> Report:
         directory.mkdir(parents=True)
     try:
         with explain_full_disk(job.directory, "The corpus is untouched; only this stage starts over."):
-            counts, metrics = _Maker(config, job, aside, scratch).make()
+            counts, metrics = _make(config, job, aside, scratch)
     except DataError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise StageError(str(error)) from error
@@ -153,19 +154,30 @@ def run(config: Config, job: Job) -> Report:
     return Report(counts, {f"benchmark/{name}": value for name, value in metrics.items()})
 
 
+def _make(config: Config, job: Job, aside: Path, scratch: Path) -> tuple[dict[str, int], dict[str, float]]:
+    index = ShardIndex.open(job.inputs["corpus"] / "out", config.split)
+    connection = connect(scratch, config.memory_limit)
+    try:
+        return _Maker(config, job, aside, scratch, index, connection).make()
+    finally:
+        connection.disconnect()
+        index.close()
+
+
 class _Maker:
     """The steps from a split to a set; each leaves a file in `scratch`."""
 
-    def __init__(self, config: Config, job: Job, aside: Path, scratch: Path) -> None:
+    def __init__(
+        self, config: Config, job: Job, aside: Path, scratch: Path, index: ShardIndex, connection: Backend
+    ) -> None:
         self.config, self.job, self.aside, self.scratch = config, job, aside, scratch
+        self.index, self.connection = index, connection
         self.matching = SETS[config.set].matching
-        self.connection: Backend = connect(scratch, config.memory_limit)
         self.counts: dict[str, int] = {}
         self.metrics: dict[str, float] = {}
 
     def make(self) -> tuple[dict[str, int], dict[str, float]]:
-        index = ShardIndex.open(self.job.inputs["corpus"] / "out", self.config.split)
-        labels, taken = self._choose(index)
+        labels, taken = self._choose()
         with self._bar("pair the texts", taken) as advance:
             write_pairs(
                 self.scratch / "chosen.parquet",
@@ -186,7 +198,7 @@ class _Maker:
         )
         self._count_pairs()
         self._write_tables()
-        self._write_corpus(index, labels)
+        self._write_corpus(labels)
         return self.counts, self.metrics
 
     @contextmanager
@@ -204,9 +216,10 @@ class _Maker:
 
             yield advance
 
-    def _choose(self, index: ShardIndex) -> tuple[list[str], int]:
+    def _choose(self) -> tuple[list[str], int]:
         """chosen.parquet; the labels of the records, and how many pictures are taken."""
-        config, candidates = self.config, self.scratch / "candidates.parquet"
+        config, index = self.config, self.index
+        candidates, chosen = self.scratch / "candidates.parquet", self.scratch / "chosen.parquet"
         wanted = config.pairs or SETS[config.set].pairs
         with self._bar("read the records", len(index)) as advance:
             labels, others = write_candidates(
@@ -214,7 +227,6 @@ class _Maker:
             )
         if self.matching and MATCH in labels:
             raise DataError(f"label '{MATCH}': the corpus has one of that name; rename it in the shard stage")
-        chosen = self.scratch / "chosen.parquet"
         taken = sort_out(self.connection, candidates, chosen, wanted, self.matching)
         left_out = reasons(self.connection, chosen)
         self.counts = {"pictures": len(index), "of_other_sets": others, "wanted": wanted, "drawn": taken}
@@ -267,18 +279,19 @@ class _Maker:
                 self.counts[f"dropped_{reason}"] = dropped
 
     def _write_tables(self) -> None:
-        """pairs.parquet, and dropped.parquet with the one reason of each picture that is in no pair."""
+        """pairs.parquet, and dropped.parquet: each picture of the set's part that is in no pair, with its one
+        reason, and the id of its pair where it had one."""
         rows = self.connection.read_parquet(self.scratch / "final.parquet")
         shown = ("id", "key", "text", "lang", "label", "split", "text_key")
-        order = [rows.split.cases(*((name, place) for place, name in enumerate(SPLITS))), rows.key]
-        pairs = rows.filter(rows.reason.isnull()).order_by(order).select(*shown)
+        pairs = rows.filter(rows.reason.isnull()).order_by(in_splits(rows), rows.key).select(*shown)
         self.connection.to_parquet(pairs, self.aside / "pairs.parquet")
         chosen = self.connection.read_parquet(self.scratch / "chosen.parquet")
-        never = chosen.filter(chosen.reason.notnull()).select("key", "text", "reason")
-        later = rows.filter(rows.reason.notnull()).select("key", "text", "reason")
+        listed = ("key", "id", "text", "reason")
+        never = chosen.filter(chosen.reason.notnull()).mutate(id=ibis.null("string")).select(*listed)
+        later = rows.filter(rows.reason.notnull()).select(*listed)
         self.connection.to_parquet(never.union(later).order_by("key"), self.aside / "dropped.parquet")
 
-    def _write_corpus(self, index: ShardIndex, labels: list[str]) -> None:
+    def _write_corpus(self, labels: list[str]) -> None:
         writer = ShardWriter(
             self.aside,
             self.config.shard_bytes,
@@ -289,8 +302,8 @@ class _Maker:
         with self._bar("write the pictures", self.counts["pairs"]) as advance:
             for row in self._final_rows():
                 advance()
-                image = index.image_bytes(row["place"])
-                record = benchmark_record(index.record(row["place"]), row, self.matching)
+                image = self.index.image_bytes(row["place"])
+                record = benchmark_record(self.index.record(row["place"]), row, self.matching)
                 writer.write(image, picture_extension(image), record)
                 if sheet is not None and self._on_sheet(row):
                     sheet.add(row, image)
