@@ -2,6 +2,7 @@
 
 import csv
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,8 +58,6 @@ def test_every_text_comes_back_and_no_cell_is_a_formula(text: str) -> None:
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), min_size=1))
 @settings(deadline=None)
 def test_a_sheet_of_any_texts_is_read_back(texts: list[str]) -> None:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sheet.csv"
         lines = [

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from data_tools import benchmark_pairs
 from data_tools.benchmark_pairs import deal_texts, related, split_sizes
 from data_tools.benchmark_texts import (
     SETS,
@@ -222,6 +223,39 @@ def test_every_picture_left_out_has_one_reason(tmp_path: Path) -> None:
     assert report.counts["dropped_few_clicks"] == 1
     keys = {row["key"] for row in dropped} | {row["key"] for row in pairs_of(tmp_path / "icr")}
     assert len(keys) == 60
+
+
+def test_of_equal_pictures_under_two_keys_one_is_taken(source: Path, tmp_path: Path) -> None:
+    before = ShardIndex.open(source / "out")
+    writer = ShardWriter(tmp_path / "twice" / "out", 10**8, ["benchmark"], [])
+    for place in range(60):
+        image, record = before.image_bytes(place), before.record(place)
+        writer.write(image, "png", record)
+        if place < 20:
+            writer.write(image, "png", record | {"key": f"copy{place}", "content": words(f"copy {place}")})
+    writer.close()
+    report = make(tmp_path / "icr", tmp_path / "twice", set="icr")
+    assert report.counts["dropped_repeated_picture"] == 20
+    assert report.counts["pairs"] == 60
+    pictures = ShardIndex.open(tmp_path / "icr" / "out")
+    assert len({pictures.record(place)["sha256"] for place in range(60)}) == 60
+
+
+@pytest.mark.parametrize("block", [2, 7, 39])
+def test_negatives_of_many_blocks(
+    source: Path, tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark_pairs, "BLOCK", block)
+    make(tmp_path / "icm", source, set="icm", shares=[1, 1, 1])
+    rows = pairs_of(tmp_path / "icm")
+    split_of = {row["key"]: (row["split"], row["label"]) for row in rows}
+    assert len({row["text_key"] for row in rows}) == len(rows) == 200
+    for row in rows:
+        assert split_of[row["text_key"]] == (row["split"], row["label"])
+        assert (row["text_key"] == row["key"]) == (row["label"] == 1)
+    counts = Counter(split_of.values())
+    assert [counts[split, 0] for split in ("train", "val", "test")] == [34, 33, 33]
+    assert [counts[split, 1] for split in ("train", "val", "test")] == [34, 33, 33]
 
 
 def test_fewer_than_wanted_are_said(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
