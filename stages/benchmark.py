@@ -7,6 +7,9 @@ picture's: train on it with a matching loss alone. pairs.parquet tells the same 
 
 The paper does not say whether its four sets share pictures. Here they do not: a model that learnt from one
 may be tested on another. A text may still stand in two sets.
+
+Memory: DuckDB's, which `memory_limit` bounds, a row group of its tables, and for each picture of the split
+what ShardIndex and ShardWriter hold of it (its key; its row of the index).
 """
 
 import json

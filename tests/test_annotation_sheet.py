@@ -202,6 +202,10 @@ def test_hostile_texts_do_nothing_and_answers_of_other_pages_are_their_own(tmp_p
             assert browser.evaluate("document.getElementById('count').textContent").startswith("0 of")
             browser.key("j")
             browser.key("1")
+        browser.evaluate("Storage.prototype.setItem = () => { throw new Error('full') }; 0")
+        browser.key("2")
+        assert "save the CSV" in browser.evaluate("document.getElementById('message').textContent")
+        browser.open(pages[0])
         # what another page put into the store in place of answers is not believed
         browser.evaluate("Object.keys(localStorage).forEach((k) => localStorage.setItem(k, '{'))")
         browser.open(pages[0])

@@ -25,18 +25,15 @@
   function store() {
     const answers = {};
     for (const pair of pairs) {
-      const answer = {
-        verdict: verdict(pair),
-        corrected_text: field(pair, "corrected_text").value,
-        note: field(pair, "note").value,
-      };
-      if (Object.values(answer).some((value) => value !== "")) answers[pair.dataset.id] = answer;
+      // a list, as all pages share what the browser keeps, some 5 MB
+      const answer = [verdict(pair), field(pair, "corrected_text").value, field(pair, "note").value];
+      if (answer.some((value) => value !== "")) answers[pair.dataset.id] = answer;
     }
     try {
       localStorage.setItem(kept, JSON.stringify(answers));
       localStorage.setItem(keptName, annotator.value);
     } catch {
-      say("This browser keeps no answers: save the CSV before you close the page.", true);
+      say("This browser keeps no more answers: save the CSV before you close the page.", true);
     }
     show();
   }
@@ -53,10 +50,10 @@
       const answer = answers[pair.dataset.id];
       if (!answer) continue;
       for (const choice of pair.querySelectorAll("input[type=radio]")) {
-        choice.checked = choice.value === answer.verdict;
+        choice.checked = choice.value === answer[0];
       }
-      field(pair, "corrected_text").value = answer.corrected_text;
-      field(pair, "note").value = answer.note;
+      field(pair, "corrected_text").value = answer[1];
+      field(pair, "note").value = answer[2];
     }
     show();
   }
