@@ -13,7 +13,7 @@ import ibis.expr.types as ir
 from ibis.backends.duckdb import Backend
 
 from data_tools.annotation_votes import UNDECIDED
-from data_tools.benchmark_pairs import SPLITS
+from data_tools.benchmark_pairs import ROW_GROUP, SPLITS
 
 CORRECTION_REASONS = {
     "judged_drop": "annotators say to drop it",
@@ -35,7 +35,7 @@ def finish_pairs(connection: Backend, pairs: Path, decisions: Path | None, match
         rows = _without_repeated(rows)
         if matching:
             rows = _balanced(rows)
-    connection.to_parquet(rows.order_by(in_splits(rows), rows.key), out)
+    connection.to_parquet(rows.order_by(in_splits(rows), rows.key), out, row_group_size=ROW_GROUP)
 
 
 def in_splits(rows: ir.Table) -> ir.IntegerValue:

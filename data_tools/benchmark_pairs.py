@@ -35,6 +35,7 @@ SplitName = Literal["train", "val", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 BLOCK = 1000  # pictures whose texts are dealt out among themselves
 ROWS = 5000  # of a batch that is read or written
+ROW_GROUP = 20_480  # rows of DuckDB's files: a reader holds one group
 REASONS = {
     "no_text": "the record has no such text",
     "few_clicks": "under min_click clicks",
@@ -154,7 +155,7 @@ def sort_out(connection: Backend, candidates: Path, out: Path, wanted: int, half
     taken = found - found % 2 if half else found
     beyond = rows.place_in_draw >= taken
     rows = rows.mutate(reason=ibis.ifelse(beyond.fill_null(False), "not_drawn", rows.reason))
-    connection.to_parquet(rows.order_by(rows.place_in_draw, rows.key), out)
+    connection.to_parquet(rows.order_by(rows.place_in_draw, rows.key), out, row_group_size=ROW_GROUP)
     return taken
 
 

@@ -232,7 +232,8 @@ class _Maker:
             raise DataError(f"label '{MATCH}': the corpus has one of that name; rename it in the shard stage")
         taken = sort_out(self.connection, candidates, chosen, wanted, self.matching)
         left_out = reasons(self.connection, chosen)
-        self.counts = {"pictures": len(index), "of_other_sets": others, "wanted": wanted, "drawn": taken}
+        self.counts = {"pairs": taken, "wanted": wanted}  # first, as the terminal shows the first few
+        self.counts |= {"pictures": len(index), "of_other_sets": others, "drawn": taken}
         self.counts |= {f"dropped_{reason}": left_out[reason] for reason in REASONS}
         if len(index) != others + taken + sum(left_out.values()):
             raise RuntimeError(f"the benchmark lost pictures: {self.counts}")
