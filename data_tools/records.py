@@ -2,9 +2,9 @@
 of keys.
 
 Pictures that are equal byte for byte (sha256) become one record: that of the first URL in sorted order, into
-which the queries of the others are merged (a query's shows and clicks add up). Nothing else of the others is
-kept, and no query whose URL's labels belong to another split: the texts of a held-out concept must not reach
-the training.
+which the queries of the others are merged (a query's shows and clicks add up), and what importers gave with
+them (given.py). Nothing else of the others is kept, and no query whose URL's labels, or whose source's own
+split, belong to another split: the texts of a held-out concept must not reach the training.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +17,22 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_tools.given import Given, given_of, with_given
+
+RECORD = (
+    "key",
+    "url",
+    "title",
+    "content",
+    "sha256",
+    "width",
+    "height",
+    "tar",
+    "offset",
+    "bytes",
+    "queries",
+    "given",
+)
 KEY_DIGITS = 20  # hexadecimal digits of the URL's sha256: 80 bits, no collision to fear among billions
 
 
@@ -38,11 +54,12 @@ def read_records(crawl_out: Path, scratch: Path) -> tuple[Iterator[dict[str, Any
 
     Everything is joined and sorted by DuckDB, which spills to disk, into the file `scratch`; that is then
     streamed. A record has key, url, title, content, sha256, width, height, tar, offset, bytes, and queries: a
-    list of text, url (of the equal picture that it came from), show, click in the order of texts and URLs.
+    list of text, url (of the equal picture that it came from), split (the source's), show, click in the order
+    of texts and URLs; and given: what importers gave, in the order of their rows.
     """
     connection = ibis.duckdb.connect()
     pictures = connection.read_parquet(crawl_out / "pictures.parquet")
-    pairs = connection.read_parquet(crawl_out / "pairs.parquet")
+    pairs = with_given(connection.read_parquet(crawl_out / "pairs.parquet", file_row_number=True))
     fetched = pictures.filter(pictures.status == "ok")
     fetched = fetched.mutate(kept_url=fetched.url.min().over(group_by=fetched.sha256))
     kept = fetched.filter(fetched.url == fetched.kept_url)
@@ -53,9 +70,9 @@ def read_records(crawl_out: Path, scratch: Path) -> tuple[Iterator[dict[str, Any
     records = (
         kept.left_join(_pages(pairs), "url")
         .left_join(_queries(pairs, fetched), "kept_url")
-        .select(
-            "key", "url", "title", "content", "sha256", "width", "height", "tar", "offset", "bytes", "queries"
-        )
+        .drop("kept_url_right")
+        .left_join(given_of(pairs, fetched), "kept_url")
+        .select(RECORD)
         .order_by("key")
     )
     count = int(connection.execute(kept.count()))
@@ -77,7 +94,13 @@ def _queries(pairs: ir.Table, fetched: ir.Table) -> ir.Table:
     asked = pairs.filter(pairs["query"].fill_null("") != "")
     joined = asked.join(fetched.select("url", "kept_url"), "url")
     one = ibis.struct(
-        {"text": joined["query"], "url": joined.url, "show": joined.show, "click": joined.click}
+        {
+            "text": joined["query"],
+            "url": joined.url,
+            "split": joined.split,
+            "show": joined.show,
+            "click": joined.click,
+        }
     )
     return joined.group_by("kept_url").agg(queries=one.collect(order_by=[joined["query"], joined.url]))
 
@@ -91,18 +114,19 @@ def _stream(path: Path) -> Iterator[dict[str, Any]]:
 def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
     for batch in batches:
         for row in batch.to_pylist():
-            row["queries"] = row["queries"] or []
+            row["queries"], row["given"] = row["queries"] or [], row["given"] or []
             yield row
 
 
 def merge_queries(
-    queries: list[dict[str, Any]], belongs: Callable[[str], bool]
+    queries: list[dict[str, Any]], belongs: Callable[[str, str | None], bool]
 ) -> tuple[list[dict[str, Any]], int]:
-    """Queries of the URLs that `belongs` accepts, equal texts added up; and how many it refused."""
+    """Queries whose URL and source's split `belongs` accepts, equal texts added up; and how many it
+    refused."""
     merged: dict[str, dict[str, Any]] = {}
     refused = 0
     for query in queries:
-        if not belongs(query["url"]):
+        if not belongs(query["url"], query["split"]):
             refused += 1
             continue
         found = merged.setdefault(query["text"], {"text": query["text"], "show": 0, "click": 0})
@@ -112,9 +136,10 @@ def merge_queries(
 
 
 def record_json(
-    row: dict[str, Any], labels: dict[str, str], split: str, licence: str, languages: Languages
+    row: dict[str, Any], labels: dict[str, str], split: str, licence: str, languages: Languages, given: Given
 ) -> dict[str, Any]:
-    """What a shard's <key>.json holds. show and click are sums over the queries; ctr is null without any."""
+    """What a shard's <key>.json holds. show and click are sums over the queries; ctr is null without any.
+    lang is that of the title, else of the content, else of the first caption."""
     queries = [
         {"text": q["text"], "lang": languages.of(q["text"]), **_rates(q["show"], q["click"])}
         for q in row["queries"]
@@ -126,14 +151,18 @@ def record_json(
         "title": title,
         "content": content,
         "queries": queries,
-        "captions": [],
-        "lang": languages.of(title or content),
+        "captions": given.captions,
+        "lang": languages.of(title or content)
+        if title or content or not given.captions
+        else given.captions[0]["lang"],
         **_rates(show, click),
         "url": row["url"],
         "sha256": row["sha256"],
         "width": row["width"],
         "height": row["height"],
         "labels": labels,
+        "classes": given.classes,
+        "sources": given.sources,
         "licence": licence,
         "split": split,
     }

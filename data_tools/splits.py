@@ -7,7 +7,7 @@ data, or another order, moves none.
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from data_tools.errors import DataError
@@ -17,12 +17,14 @@ from data_tools.errors import DataError
 class SplitRule:
     """One split. `by` + `share`: that share of the label's values, whole; `by` + `values`: those values of
     the label;
-    `share` alone: that share of the keys; none of them: all records that are left."""
+    `share` alone: that share of the keys; `given`: records that a source puts into one of these splits; none
+    of them: all records that are left."""
 
     name: str
     by: str | None = None
     share: float | None = None
     values: tuple[str, ...] | None = None
+    given: tuple[str, ...] | None = None
 
 
 def check_rules(rules: Sequence[SplitRule], labels: Sequence[str]) -> None:
@@ -42,13 +44,24 @@ def check_rules(rules: Sequence[SplitRule], labels: Sequence[str]) -> None:
             raise DataError(f"{where}: values need `by`, and no share")
         if rule.by is not None and rule.values is None and rule.share is None:
             raise DataError(f"{where}: by: give a share or values with it")
-        if rule.by is None and rule.share is None and place < len(rules) - 1:
+        if rule.given is not None and (not rule.given or rule.by is not None or rule.share is not None):
+            raise DataError(
+                f"{where}: given: name at least one split of a source, and no by or share with it"
+            )
+        if rule == SplitRule(rule.name) and place < len(rules) - 1:
             raise DataError(f"{where}: it takes all, so nothing is left for the splits after it; put it last")
 
 
-def split_of(key: str, labels: Mapping[str, str], rules: Sequence[SplitRule], seed: int) -> str:
-    """The name of the split of one record; `rules` passed check_rules."""
+def split_of(
+    key: str, labels: Mapping[str, str], rules: Sequence[SplitRule], seed: int, given: Collection[str] = ()
+) -> str:
+    """The name of the split of one record; `given`: the splits that sources put it into. `rules` passed
+    check_rules."""
     for rule in rules:
+        if rule.given is not None:
+            if not set(rule.given).isdisjoint(given):
+                return rule.name
+            continue
         value = key if rule.by is None else labels.get(rule.by, "")
         if rule.by is not None and not value:
             continue  # without the label the rule says nothing of the record

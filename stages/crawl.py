@@ -27,7 +27,15 @@ class LocalSiteConfig(Frozen):
     """A folder that stands for a site of the web: the stage serves it on 127.0.0.1 while it crawls."""
 
     url_prefix: str = Field(description="URLs that start with it are fetched from the folder")
-    folder: Path = Field(description="relative to the recipe")
+    folder: Path | dict[str, Path] = Field(
+        description="relative to the recipe; or several, each by the name that follows the prefix in its "
+        "URLs. A .tsv (id, base64 of a picture, as MUGE's) stands for a folder of <id>.jpg"
+    )
+
+    def folders(self, recipe_directory: Path) -> dict[str, Path]:
+        """By the first part of the path behind the prefix; "" for all of them."""
+        named = self.folder if isinstance(self.folder, dict) else {"": self.folder}
+        return {name: recipe_directory / folder for name, folder in named.items()}
 
     @field_validator("url_prefix")
     @classmethod
@@ -126,10 +134,11 @@ def _crawl(config: Config, job: Job, urls: list[str]) -> pa.Table:
     with ExitStack() as stack:
         mirror = None
         if config.local_site is not None:
-            folder = job.recipe_directory / config.local_site.folder
-            if not folder.is_dir():
-                raise StageError(f"{folder}: no such folder. Check `local_site.folder` in the recipe.")
-            site = stack.enter_context(LocalSite(folder))
+            folders = config.local_site.folders(job.recipe_directory)
+            for folder in folders.values():
+                if not folder.exists():
+                    raise StageError(f"{folder}: no such folder. Check `local_site.folder` in the recipe.")
+            site = stack.enter_context(LocalSite(folders))
             mirror = Mirror(config.local_site.url_prefix, site.address)
         guard = Guard(config.timeout_s, config.max_bytes, config.allow_private, config.use_proxy, mirror)
         options = CrawlOptions(

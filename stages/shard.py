@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
 from data_tools.errors import DataError, explain_full_disk
+from data_tools.given import given_splits, merge_given
 from data_tools.pictures import picture_extension
 from data_tools.records import Languages, merge_queries, read_records, record_json
 from data_tools.shards import CorpusError, ShardWriter
@@ -27,20 +28,26 @@ class SplitConfig(Frozen):
         default=None, description="of the label's values, or of all keys; drawn by a seeded hash"
     )
     values: tuple[str, ...] | None = Field(default=None, description="of the label")
+    given: tuple[str, ...] | None = Field(
+        default=None, description="names of splits in the source's own files: an ingest's pictures of these"
+    )
 
     def rule(self) -> SplitRule:
-        return SplitRule(self.name, self.by, self.share, self.values)
+        return SplitRule(self.name, self.by, self.share, self.values, self.given)
 
 
 class LicenceConfig(Frozen):
-    """The licence of each picture, by one of its labels."""
+    """The licence of each picture, by one of its labels; without `by`, as an ingest says, else
+    `otherwise`."""
 
     by: str | None = None
     values: dict[str, str] = Field(default_factory=dict, description="value of the label: licence")
     otherwise: str = "unknown"
 
-    def of(self, labels: dict[str, str]) -> str:
-        return self.values.get(labels.get(self.by, ""), self.otherwise) if self.by else self.otherwise
+    def of(self, labels: dict[str, str], given: str | None) -> str:
+        if self.by is None:
+            return given or self.otherwise
+        return self.values.get(labels.get(self.by, ""), self.otherwise)
 
 
 class LanguagesConfig(Frozen):
@@ -111,10 +118,11 @@ def _write_shards(
     records, count, duplicates = read_records(source, job.directory / "records.tmp")
     languages = Languages(config.languages.han, config.languages.other)
 
-    def in_split(key: str, split: str, url: str) -> bool:
-        return split_of(key, labels_of(url, pattern), rules, config.seed) == split
+    def in_split(key: str, split: str, of_record: set[str], url: str, own: str | None) -> bool:
+        given = of_record if own is None else {own}  # a text without a split of its own goes with its picture
+        return split_of(key, labels_of(url, pattern), rules, config.seed, given) == split
 
-    left_out = 0
+    left_out = captions_left_out = 0
     writer = ShardWriter(aside, config.shard_bytes, [rule.name for rule in rules], labels)
     tars = _Tars(source)
     with job.progress.task("shard", count) as task:
@@ -122,11 +130,16 @@ def _write_shards(
             if number % 1000 == 0 and job.should_stop():
                 raise Stopped("shard: stopped; run again to start it over")
             found = labels_of(row["url"], pattern)
-            split = split_of(row["key"], found, rules, config.seed)
-            row["queries"], refused = merge_queries(row["queries"], partial(in_split, row["key"], split))
+            own_splits = given_splits(row["given"])
+            split = split_of(row["key"], found, rules, config.seed, own_splits)
+            belongs = partial(in_split, row["key"], split, own_splits)
+            row["queries"], refused = merge_queries(row["queries"], belongs)
+            given = merge_given(row["given"], belongs)
             left_out += refused
+            captions_left_out += given.refused
             image = tars.read(row)
-            record = record_json(row, found, split, config.licence.of(found), languages)
+            licence = config.licence.of(found, given.licence)
+            record = record_json(row, found, split, licence, languages, given)
             writer.write(image, picture_extension(image), record)
             task.advance()
     tars.close()
@@ -137,6 +150,7 @@ def _write_shards(
         "kept": count,
         "dropped_duplicate": duplicates.num_rows,
         "queries_of_other_splits": left_out,
+        "captions_of_other_splits": captions_left_out,
     }
     return counts, writer.close()
 
