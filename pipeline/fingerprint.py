@@ -56,7 +56,8 @@ def absent_message(recipe: Recipe, identity: Identity) -> str:
     lines = []
     for path in identity.absent:
         field = next((f for f, p in named.items() if (recipe.directory / p).resolve() == path), "files")
-        where = recipe.source.where(("stages", identity.stage, *field.split(".")))
+        parts = [int(part) if part.isdigit() else part for part in field.split(".")]  # of a list: its place
+        where = recipe.source.where(("stages", identity.stage, *parts))
         lines.append(
             f"{where}: stages.{identity.stage}.{field}: {path} is not there; make it or name another file"
         )

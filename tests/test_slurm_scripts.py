@@ -37,7 +37,7 @@ SHAPES = {
 }
 # recipe, cluster file; a training stage, one with other nodes, data stages: whole, an array, what joins it
 CASES = [
-    ("cookie", "v100_6x8", ["filter", "crawl-tasks-0", "crawl-finish", "pretrain_1", "evaluate"]),
+    ("cookie", "v100_6x8", ["ingest", "crawl-tasks-0", "crawl-finish", "pretrain_1", "evaluate"]),
     ("demo", "a100_8x8", ["shard", "crawl-tasks-0", "crawl-finish", "finetune"]),
 ]
 NAMES = [

@@ -16,6 +16,7 @@ from data_tools.errors import DataError
 
 _BLOCK = 1 << 20  # characters
 _SPACE = " \t\r\n"
+_OF_NUMBERS = "0123456789+-.eE"
 
 
 def entries(path: Path, name: str | None = None) -> Iterator[tuple[str | int, Any]]:
@@ -125,7 +126,8 @@ class _Text:
                     size *= 2  # so that a large value is not tried once a block
                     continue
                 self._fail(error.msg)
-            if end == len(self._window) and self._more(_BLOCK):
+            rest = self._window[end : end + 8]
+            if len(rest) < 8 and not rest.strip(_OF_NUMBERS) and self._more(_BLOCK):
                 continue  # a number may go on
             self._at = end
             return value
