@@ -47,10 +47,14 @@ def given_of(pairs: ir.Table, fetched: ir.Table) -> ir.Table:
     return joined.group_by("kept_url").agg(given=one.collect(order_by=joined.file_row_number))
 
 
-def given_splits(entries: list[dict[str, Any]]) -> set[str]:
-    """The splits that sources put a picture into. Where they differ, the first rule that takes one
-    decides."""
-    return {entry["split"] for entry in entries if entry["split"] is not None}
+def given_splits(entries: list[dict[str, Any]]) -> dict[str, set[str]]:
+    """Of each URL, the splits that sources put its picture into. Where those of a record differ, the first
+    rule that takes one of them decides."""
+    splits: dict[str, set[str]] = {entry["url"]: set() for entry in entries}
+    for entry in entries:
+        if entry["split"] is not None:
+            splits[entry["url"]].add(entry["split"])
+    return splits
 
 
 def merge_given(entries: list[dict[str, Any]], belongs: Callable[[str, str | None], bool]) -> Given:

@@ -114,6 +114,7 @@ class SourceConfig(Frozen):
             images=self.images or "",
             split=self.split,
             options=Options(**{option: getattr(self, option) for option in OPTIONS}),
+            licence_of_rows=self.licence is None,
         )
 
 

@@ -118,8 +118,8 @@ def _write_shards(
     records, count, duplicates = read_records(source, job.directory / "records.tmp")
     languages = Languages(config.languages.han, config.languages.other)
 
-    def in_split(key: str, split: str, of_record: set[str], url: str, own: str | None) -> bool:
-        given = of_record if own is None else {own}  # a text without a split of its own goes with its picture
+    def in_split(key: str, split: str, of_url: dict[str, set[str]], url: str, own: str | None) -> bool:
+        given = of_url.get(url, set()) if own is None else {own}  # without its own a text goes with its URL
         return split_of(key, labels_of(url, pattern), rules, config.seed, given) == split
 
     left_out = captions_left_out = 0
@@ -130,9 +130,9 @@ def _write_shards(
             if number % 1000 == 0 and job.should_stop():
                 raise Stopped("shard: stopped; run again to start it over")
             found = labels_of(row["url"], pattern)
-            own_splits = given_splits(row["given"])
-            split = split_of(row["key"], found, rules, config.seed, own_splits)
-            belongs = partial(in_split, row["key"], split, own_splits)
+            of_url = given_splits(row["given"])
+            split = split_of(row["key"], found, rules, config.seed, set().union(*of_url.values()))
+            belongs = partial(in_split, row["key"], split, of_url)
             row["queries"], refused = merge_queries(row["queries"], belongs)
             given = merge_given(row["given"], belongs)
             left_out += refused

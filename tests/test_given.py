@@ -102,12 +102,13 @@ def test_equal_pictures_of_two_sets_are_one_held_out_record(tmp_path: Path) -> N
         entry("coco", "in training", split="train", classes=["dog"]),
         entry("flickr", "in the test", split="test", licence="theirs"),
     ]
-    found, counts = records(tmp_path, {"coco": same, "flickr": same}, rows)
+    rows.append(entry("web", "of the web"))  # no split: no text of the test set
+    found, counts = records(tmp_path, {"coco": same, "flickr": same, "web": same}, rows)
     assert list(found) == ["coco"]
     assert found["coco"]["split"] == "test"
     assert texts(found["coco"]) == ["in the test"]
     assert (found["coco"]["classes"], found["coco"]["licence"]) == (["dog"], "theirs")
-    assert (counts["dropped_duplicate"], counts["captions_of_other_splits"]) == (1, 1)
+    assert (counts["dropped_duplicate"], counts["captions_of_other_splits"]) == (2, 2)
 
 
 def test_given_splits_stand_beside_labels_and_shares() -> None:

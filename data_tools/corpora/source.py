@@ -97,10 +97,11 @@ class Source:
     name: str
     files: Mapping[str, tuple[Path, ...]]
     lang: str
-    licence: str
+    licence: str  # as the format's authors state it, or as the recipe says
     images: str = ""  # the URL that the names of the pictures are put behind; ends with /
     split: str | None = None
     options: Options = field(default_factory=Options)
+    licence_of_rows: bool = True  # a row may state its own; not where the recipe says one
 
     def file(self, role: str) -> Path:
         """The one file of a role."""

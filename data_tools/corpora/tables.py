@@ -134,6 +134,6 @@ def _pair(source: Source, row: Row) -> dict[str, Any]:
         "captions": [{"text": text, "lang": source.lang} for text in row.captions],
         "split": row.split or source.split,
         "classes": list(row.classes),
-        "licence": row.licence or source.licence,
+        "licence": (source.licence_of_rows and row.licence) or source.licence,
         "source": source.name,
     }
