@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 import duckdb
-import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from data_tools.corpora.feature_shards import write_features
 from data_tools.corpora.registry import FORMATS, Format
 from data_tools.corpora.source import FeatureRow, Options, Source
-from data_tools.corpora.tables import PAIRS, TEXT_PAIRS, Tables
+from data_tools.corpora.tables import Tables
 from data_tools.errors import DataError, explain_full_disk
 from stages.base import Frozen, Job, Report, StageConfig, StageError, Stopped
 
@@ -176,10 +175,10 @@ def _ingest(config: Config, directory: Path, out: Path, on_batch: Callable[[int]
     if gives == "features":
         return _features(config, sources, out, on_batch)
     if gives == "text pairs":
-        counts = _rows(sources, out, "text_pairs", TEXT_PAIRS, on_batch)
+        counts = _rows(sources, out, "text_pairs", on_batch)
         del counts["captions"]
         return counts
-    counts = _rows(sources, out, "pairs", PAIRS, on_batch)
+    counts = _rows(sources, out, "pairs", on_batch)
     return counts | {"pictures": _pictures(out / "pairs.parquet")}
 
 
@@ -187,10 +186,9 @@ def _rows(
     sources: list[tuple[Format, Source]],
     out: Path,
     name: str,
-    schema: pa.Schema,
     on_batch: Callable[[int], None],
 ) -> dict[str, int]:
-    with Tables(out, name, schema, on_batch) as tables:
+    with Tables(out, name, on_batch) as tables:
         for format_, source in sources:
             before = tables.counts
             tables.add(source, format_.read(source))
@@ -202,13 +200,11 @@ def _features(
     config: Config, sources: list[tuple[Format, Source]], out: Path, on_batch: Callable[[int], None]
 ) -> dict[str, int]:
     videos: list[tuple[Source, FeatureRow]] = []
-    with Tables(out, None, PAIRS, on_batch) as tables:
+    with Tables(out, None, on_batch) as tables:
         for format_, source in sources:
-            for one in format_.read(source):
-                if isinstance(one, FeatureRow):
-                    videos.append((source, one))
-                else:
-                    tables.drop(source, one)
+            found = list(format_.read(source))
+            videos += [(source, one) for one in found if isinstance(one, FeatureRow)]
+            tables.add(source, (one for one in found if not isinstance(one, FeatureRow)))
         counts = tables.counts
     if not videos:
         said = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
@@ -221,7 +217,7 @@ def _features(
 
 def _pictures(pairs: Path) -> int:
     """How many pictures the pairs name; DuckDB spills where they do not fit."""
-    with duckdb.connect() as connection:
+    with duckdb.connect(config={"temp_directory": str(pairs.parents[1] / "spill")}) as connection:
         found = connection.execute("SELECT count(DISTINCT url) FROM read_parquet(?)", [str(pairs)]).fetchone()
     return int(found[0]) if found else 0
 

@@ -56,7 +56,7 @@ def message(path: Path, *overrides: str) -> str:
         (
             "kind: tests.tiny.numbers, ",
             "",
-            ["tiny.yaml:7: stages.numbers.kind: missing; allowed: filter, crawl"],
+            ["tiny.yaml:7: stages.numbers.kind: missing; allowed: filter, ingest, crawl"],
         ),
         ("tests.tiny.numbers", "tests.tiny.nothing", ["no module 'tests.tiny.nothing' can be imported"]),
         ("tests.tiny.numbers", "tests.tiny", ["'tests.tiny' has no `Config`"]),

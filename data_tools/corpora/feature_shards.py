@@ -35,9 +35,7 @@ def write_features(
     rows = sorted(found, key=lambda pair: pair[1].key)
     twice = [key for key, count in Counter(row.key for _, row in rows).items() if count > 1]
     if twice:
-        raise DataError(
-            f"sources: video '{twice[0]}' stands in them {twice.count(twice[0]) + 1} times or more."
-        )
+        raise DataError(f"sources: video '{twice[0]}' stands in them twice. Name each annotation file once.")
     splits = sorted({_split(source, row) for source, row in rows})
     writer = ShardWriter(folder, shard_bytes, splits, [])
     for source, row in rows:

@@ -31,13 +31,13 @@ def vqa2(source: Source) -> Iterator[Row | Dropped]:
         elif answers is None:
             yield Row(url, captions=(text,), split=subset)
         else:
-            number_of = member(question, "question_id", int, where)
-            if number_of not in answers:
+            question_id = member(question, "question_id", int, where)
+            if question_id not in answers:
                 raise DataError(
-                    f"{where}: {source.file('annotations')} has no answer to question {number_of}: questions "
+                    f"{where}: {source.file('annotations')} has no answer to question {question_id}: questions "
                     "and annotations are of other subsets."
                 )
-            answer = answers[number_of]
+            answer = answers[question_id]
             full = Row(url, captions=(f"{text} {answer}",), split=subset)
             yield full if answer else Dropped("no_answer", place, url=url, text=text)
 

@@ -2,12 +2,12 @@
 number."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -60,16 +60,11 @@ class Tables:
     `counts`: rows, kept, captions, and dropped_<reason> for every reason.
     """
 
-    def __init__(
-        self, folder: Path, name: str | None, schema: pa.Schema, on_batch: Callable[[int], None]
-    ) -> None:
-        """`name` None: dropped entries alone. `on_batch`: called after each batch with the number of its
-        entries; may raise to stop."""
-        self._folder, self._on_batch, self._stack = folder, on_batch, ExitStack()
-        self._name = name or ""
-        self._schemas = {"dropped": DROPPED} | ({name: schema} if name else {})
-        self._waiting: dict[str, list[dict[str, Any]]] = {table: [] for table in self._schemas}
-        self._counts = Counter[str]()
+    def __init__(self, folder: Path, name: str | None, on_batch: Callable[[int], None]) -> None:
+        """`name`: a key of TABLES; None: dropped entries alone. `on_batch`: called after each batch with the
+        number of its entries; may raise to stop."""
+        self._folder, self._name, self._on_batch = folder, name, on_batch
+        self._stack, self._counts = ExitStack(), Counter[str]()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -77,63 +72,85 @@ class Tables:
         return counts | {f"dropped_{reason}": self._counts[f"dropped_{reason}"] for reason in REASONS}
 
     def __enter__(self) -> "Tables":
+        schemas = {"dropped": DROPPED} | ({self._name: TABLES[self._name][0]} if self._name else {})
         self._writers = {
-            table: self._stack.enter_context(pq.ParquetWriter(self._folder / f"{table}.parquet", schema))
-            for table, schema in self._schemas.items()
+            name: self._stack.enter_context(pq.ParquetWriter(self._folder / f"{name}.parquet", schema))
+            for name, schema in schemas.items()
         }
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._stack:
-            if kind is None:
-                self._flush()
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def add(self, source: Source, found: Iterable[Row | TextPair | Dropped]) -> None:
-        """All rows of one source."""
+        """All rows and dropped entries of one source."""
+        rows: list[Any] = []
+        dropped: list[Dropped] = []
         for one in found:
             if isinstance(one, Dropped):
-                self.drop(source, one)
-            elif isinstance(one, Row):
-                self._counts["captions"] += len(one.captions)
-                self._put(self._name, _pair(source, one))
+                dropped.append(one)
             else:
-                own = {"split": one.split or source.split, "lang": source.lang}
-                named = {"licence": source.licence, "source": source.name}
-                self._put(self._name, asdict(one) | own | named)
+                rows.append(one)
+            if len(rows) + len(dropped) >= BATCH:
+                self._write(source, rows, dropped)
+                rows, dropped = [], []
+        self._write(source, rows, dropped)
 
-    def drop(self, source: Source, entry: Dropped) -> None:
-        self._counts[f"dropped_{entry.reason}"] += 1
-        self._put("dropped", asdict(entry) | {"source": source.name})
-
-    def _put(self, table: str, row: dict[str, Any]) -> None:
-        self._counts["rows"] += 1
-        self._counts["kept"] += table != "dropped"
-        self._waiting[table].append(row)
-        if sum(map(len, self._waiting.values())) >= BATCH:
-            self._flush()
-
-    def _flush(self) -> None:
-        done = 0
-        for table, rows in self._waiting.items():
-            if rows:
-                self._writers[table].write_table(pa.Table.from_pylist(rows, self._schemas[table]))
-            done += len(rows)
-            rows.clear()
-        self._on_batch(done)
+    def _write(self, source: Source, rows: list[Any], dropped: list[Dropped]) -> None:
+        if rows and self._name is not None:
+            self._writers[self._name].write_table(TABLES[self._name][1](source, rows))
+        if dropped:
+            self._writers["dropped"].write_table(_dropped_table(source, dropped))
+        self._counts.update(rows=len(rows) + len(dropped), kept=len(rows))
+        self._counts["captions"] += sum(len(row.captions) for row in rows if isinstance(row, Row))
+        self._counts.update(f"dropped_{one.reason}" for one in dropped)
+        self._on_batch(len(rows) + len(dropped))
 
 
-def _pair(source: Source, row: Row) -> dict[str, Any]:
-    return {
-        "query": row.query,
-        "url": row.url,
-        "title": row.title,
-        "content": row.content,
-        "show": row.show,
-        "click": row.click,
-        "ctr": row.click / row.show if row.show else None,
-        "captions": [{"text": text, "lang": source.lang} for text in row.captions],
-        "split": row.split or source.split,
-        "classes": list(row.classes),
-        "licence": (source.licence_of_rows and row.licence) or source.licence,
-        "source": source.name,
-    }
+def _pairs_table(source: Source, rows: Sequence[Row]) -> pa.Table:
+    show, click = (np.array([getattr(row, name) for row in rows], np.int64) for name in ("show", "click"))
+    stated = [row.licence if source.licence_of_rows else None for row in rows]
+    texts = pa.array([text for row in rows for text in row.captions], pa.string())
+    langs = pa.repeat(pa.scalar(source.lang), len(texts))
+    captions = pa.StructArray.from_arrays([texts, langs], ["text", "lang"])
+    ends = np.cumsum([0, *(len(row.captions) for row in rows)], dtype=np.int32)
+    columns = {name: [getattr(row, name) for row in rows] for name in ("query", "url", "title", "content")}
+    return pa.table(
+        columns
+        | {
+            "show": show,
+            "click": click,
+            "ctr": pa.array(click / np.maximum(show, 1), mask=show == 0),
+            "captions": pa.ListArray.from_arrays(pa.array(ends), captions),
+            "split": [row.split or source.split for row in rows],
+            "classes": [row.classes for row in rows],
+            "licence": [licence or source.licence for licence in stated],
+            "source": pa.repeat(pa.scalar(source.name), len(rows)),
+        },
+        PAIRS,
+    )
+
+
+def _text_pairs_table(source: Source, rows: Sequence[TextPair]) -> pa.Table:
+    said = {name: [getattr(row, name) for row in rows] for name in ("text_a", "text_b", "score")}
+    return pa.table(
+        said
+        | {
+            "split": [row.split or source.split for row in rows],
+            "lang": [source.lang] * len(rows),
+            "licence": [source.licence] * len(rows),
+            "source": [source.name] * len(rows),
+        },
+        TEXT_PAIRS,
+    )
+
+
+def _dropped_table(source: Source, entries: Sequence[Dropped]) -> pa.Table:
+    said = {name: [getattr(one, name) for one in entries] for name in DROPPED.names if name != "source"}
+    return pa.table({"source": [source.name] * len(entries)} | said, DROPPED)
+
+
+TABLES: dict[str, tuple[pa.Schema, Callable[[Source, Any], pa.Table]]] = {
+    "pairs": (PAIRS, _pairs_table),
+    "text_pairs": (TEXT_PAIRS, _text_pairs_table),
+}
