@@ -77,6 +77,13 @@ def test_several_sources_make_one_table_in_their_order(tmp_path: Path) -> None:
     assert not (job.directory / "out.unfinished").exists()
 
 
+def test_the_recipe_s_licence_stands_above_that_of_a_row(tmp_path: Path) -> None:
+    write(tmp_path, {"coco.json": {"images": [IMAGE]}})
+    job = make_job(tmp_path / "ingest")
+    run(Config(sources=[KARPATHY | {"licence": "ours"}]), job)  # type: ignore[arg-type]
+    assert pq.read_table(job.out / "pairs.parquet")["licence"].to_pylist() == ["ours"]
+
+
 def test_batches_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(
         tmp_path, {"train.tsv": "".join(f"text {n}\thttp://site.example/{n % 70}\n\t\n" for n in range(100))}

@@ -23,29 +23,31 @@ def coco_instances(source: Source) -> Iterator[Row | Dropped]:
     file.
     """
     for path in source.files["instances"]:
-        names = {
-            member(one, "id", int, f"{path}: categories[{n}]"): member(
-                one, "name", str, f"{path}: categories[{n}]"
-            )
-            for n, one in entries(path, "categories")
-        }
-        found: dict[int, set[int]] = {}
-        for number, one in entries(path, "annotations"):
-            where = f"{path}: annotations[{number}]"
-            category = member(one, "category_id", int, where)
-            if category not in names:
-                raise DataError(
-                    f"{where}: 'category_id' {category} is none of its categories. Fetch it again."
-                )
-            found.setdefault(member(one, "image_id", int, where), set()).add(category)
+        found = _categories(path)
         for number, image in entries(path, "images"):
             where = f"{path}: images[{number}]"
             url = source.url(coco_path(member(image, "file_name", str, where), where))
-            own = found.get(member(image, "id", int, where), set())
+            own = found.get(member(image, "id", int, where))
             if own:
-                yield Row(url, classes=tuple(sorted(names[category] for category in own)))
+                yield Row(url, classes=tuple(sorted(own)))
             else:
                 yield Dropped("no_class", f"{path.name}: images[{number}]", url=url)
+
+
+def _categories(path: Path) -> dict[int, set[str]]:
+    """The names of the categories of each picture, by its id."""
+    names: dict[int, str] = {}
+    for number, one in entries(path, "categories"):
+        where = f"{path}: categories[{number}]"
+        names[member(one, "id", int, where)] = member(one, "name", str, where)
+    found: dict[int, set[str]] = {}
+    for number, one in entries(path, "annotations"):
+        where = f"{path}: annotations[{number}]"
+        category = member(one, "category_id", int, where)
+        if category not in names:
+            raise DataError(f"{where}: 'category_id' {category} is none of its categories. Fetch it again.")
+        found.setdefault(member(one, "image_id", int, where), set()).add(names[category])
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- NUS-WIDE

@@ -34,8 +34,8 @@ def vqa2(source: Source) -> Iterator[Row | Dropped]:
             question_id = member(question, "question_id", int, where)
             if question_id not in answers:
                 raise DataError(
-                    f"{where}: {source.file('annotations')} has no answer to question {question_id}: questions "
-                    "and annotations are of other subsets."
+                    f"{where}: {source.file('annotations')} has no answer to question {question_id}: "
+                    "questions and annotations are of other subsets."
                 )
             answer = answers[question_id]
             full = Row(url, captions=(f"{text} {answer}",), split=subset)
