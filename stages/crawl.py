@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,7 +27,7 @@ class LocalSiteConfig(Frozen):
     """A folder that stands for a site of the web: the stage serves it on 127.0.0.1 while it crawls."""
 
     url_prefix: str = Field(description="URLs that start with it are fetched from the folder")
-    folder: Path | dict[str, Path] = Field(
+    folder: Path | dict[Annotated[str, Field(pattern="^[^/]+$")], Path] = Field(
         description="relative to the recipe; or several, each by the name that follows the prefix in its "
         "URLs. A .tsv (id, base64 of a picture, as MUGE's) stands for a folder of <id>.jpg"
     )
