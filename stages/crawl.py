@@ -1,11 +1,12 @@
 """The crawl stage: the filter's pairs → their pictures as fetched, with one status a URL."""
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,7 +28,7 @@ class LocalSiteConfig(Frozen):
     """A folder that stands for a site of the web: the stage serves it on 127.0.0.1 while it crawls."""
 
     url_prefix: str = Field(description="URLs that start with it are fetched from the folder")
-    folder: Path | dict[Annotated[str, Field(pattern="^[^/]+$")], Path] = Field(
+    folder: Path | dict[str, Path] = Field(
         description="relative to the recipe; or several, each by the name that follows the prefix in its "
         "URLs. A .tsv (id, base64 of a picture, as MUGE's) stands for a folder of <id>.jpg"
     )
@@ -36,6 +37,16 @@ class LocalSiteConfig(Frozen):
         """By the first part of the path behind the prefix; "" for all of them."""
         named = self.folder if isinstance(self.folder, dict) else {"": self.folder}
         return {name: recipe_directory / folder for name, folder in named.items()}
+
+    @field_validator("folder", mode="before")
+    @classmethod
+    def _are_folders(cls, value: Any) -> Any:
+        """One message a mistake, where the union of the type would give two."""
+        named = value.items() if isinstance(value, dict) else [("all", value)]
+        for name, folder in named:
+            if not isinstance(folder, str | Path) or not re.fullmatch("[^/]+", str(name)):
+                raise ValueError(f"{name}: {folder!r}: a name without / and a folder are wanted")
+        return value
 
     @field_validator("url_prefix")
     @classmethod

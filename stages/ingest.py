@@ -8,7 +8,7 @@ out/text_pairs.parquet; videos as features make a corpus (shards, index, manifes
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import duckdb
 from pydantic import Field, field_validator, model_validator
@@ -54,6 +54,16 @@ class SourceConfig(Frozen):
     def _is_known(cls, value: str) -> str:
         if value not in FORMATS:
             raise ValueError(f"'{value}' is no format; there are: {', '.join(FORMATS)}")
+        return value
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def _are_paths(cls, value: Any) -> Any:
+        """One message a mistake, where the union of the type would give two."""
+        for role, given in value.items() if isinstance(value, dict) else ():
+            paths = given if isinstance(given, list | tuple) else [given]
+            if not all(isinstance(path, str | Path) for path in paths):
+                raise ValueError(f"{role}: {given!r} is neither a file nor a list of files")
         return value
 
     @field_validator("images")
@@ -119,13 +129,15 @@ class SourceConfig(Frozen):
 
 class Config(StageConfig):
     kind: Literal["ingest"] = "ingest"
-    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="their rows come in this order")
+    sources: tuple[SourceConfig, ...] = Field(description="at least one; their rows come in this order")
     shard_bytes: int = Field(
         default=100_000_000, ge=1_000_000, description="of features: a shard is closed once it has as many"
     )
 
     @model_validator(mode="after")
     def _give_one_thing(self) -> "Config":
+        if not self.sources:
+            raise ValueError("sources: the list is empty")
         gives = {FORMATS[source.format].gives: source.format for source in self.sources}
         if len(gives) > 1:
             said = ", ".join(f"{name} gives {what}" for what, name in gives.items())

@@ -16,6 +16,7 @@ from learning.evaluation.gallery import gallery_of
 from pipeline.fingerprint import absent_message, identities
 from pipeline.recipe import load
 from stages.base import StageError, Stopped
+from stages.crawl import LocalSiteConfig
 from stages.ingest import Config, SourceConfig, run
 from tests.corpora_case import write
 from tests.data_helpers import make_job
@@ -220,6 +221,7 @@ def test_features_that_are_no_table_of_numbers_are_refused(tmp_path: Path, data:
             KARPATHY | {"files": {"annotations": ["a", "b"]}},
             "files.annotations: .* takes one file, not a list",
         ),
+        (CC3M | {"files": {"pairs": ["x", 3]}}, r"pairs: \['x', 3\] is neither a file nor a list of files"),
         (CC3M | {"files": {"pairs": []}}, "files.pairs: the list is empty"),
         ({"format": "sts_csv", "files": {}}, "files: one is missing; sts_csv takes: train"),
         (KARPATHY | {"images": None}, "images: the format karpathy names pictures by path"),
@@ -234,7 +236,17 @@ def test_a_source_that_does_not_fit_its_format_is_told(source: dict[str, Any], p
         SourceConfig(**source)
 
 
+def test_folders_of_a_local_site_have_names_that_a_url_can_hold() -> None:
+    one = LocalSiteConfig(url_prefix="http://a.example/", folder=Path("x"))
+    assert one.folders(Path("/r")) == {"": Path("/r/x")}
+    for wrong in ({"a/b": "x"}, {"": "x"}, {"a": 3}, 3):
+        with pytest.raises(ValueError, match="a name without / and a folder are wanted"):
+            LocalSiteConfig(url_prefix="http://a.example/", folder=wrong)  # type: ignore[arg-type]
+
+
 def test_what_is_given_must_be_one_thing() -> None:
+    with pytest.raises(ValueError, match="sources: the list is empty"):
+        Config(sources=[])  # type: ignore[arg-type]
     sts = {"format": "sts_tsv", "files": {"test": "x"}}
     with pytest.raises(ValueError, match="cc3m gives pictures, sts_tsv gives text pairs: give each a stage"):
         Config(sources=[CC3M, sts])  # type: ignore[arg-type]
