@@ -189,7 +189,7 @@ def test_until_validates_only_what_is_needed(tmp_path: Path) -> None:
 
 def test_schema_knows_every_kind() -> None:
     text = json.dumps(schema())
-    for kind in ("filter", "crawl", "shard", "pretrain", "finetune", "evaluate"):
+    for kind in ("filter", "ingest", "crawl", "shard", "benchmark", "pretrain", "finetune", "evaluate"):
         assert f'"#/$defs/{kind}"' in text
     assert '"contrastive_batch"' in text
 
