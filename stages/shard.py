@@ -1,6 +1,5 @@
 """The shard stage: crawled pictures and their pairs → webdataset shards by split, an index and a manifest."""
 
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -12,11 +11,15 @@ from pydantic import Field, field_validator
 
 from data_tools.errors import DataError, explain_full_disk
 from data_tools.given import given_splits, merge_given
-from data_tools.pictures import picture_extension
 from data_tools.records import Languages, merge_queries, read_records, record_json
-from data_tools.shards import CorpusError, ShardWriter
+from data_tools.shard_check import check, find_shards
+from data_tools.shard_files import CorpusError
+from data_tools.shard_plan import PROCESS_WORTH_BYTES, Layout, ShardPlan
+from data_tools.shard_writer import record_bytes
 from data_tools.splits import SplitRule, check_rules, compile_labels, labels_of, split_of
 from stages.base import Frozen, Job, Report, StageConfig, StageError, Stopped
+
+STOPPED = "shard: stopped; run again to start it over"
 
 
 class SplitConfig(Frozen):
@@ -65,12 +68,17 @@ class Config(StageConfig):
     splits: tuple[SplitConfig, ...] = (SplitConfig(name="train"),)
     seed: int = Field(default=0, description="of the splits' shares")
     shard_bytes: int = Field(
-        default=100_000_000, ge=1_000_000, description="a shard is closed once it has as many"
+        default=100_000_000, ge=1_000_000, description="about the most; a split's shards are of equal size"
+    )
+    check: bool = Field(
+        default=False, description="read the shards back and compare every byte with what was written"
     )
     licence: LicenceConfig = LicenceConfig()
     languages: LanguagesConfig = LanguagesConfig()
 
+    cosmetic: ClassVar[frozenset[str]] = frozenset({"check"})
     roles: ClassVar[tuple[str, ...]] = ("pictures",)
+    version: ClassVar[int] = 2  # shards of equal size
 
     @field_validator("labels")
     @classmethod
@@ -84,19 +92,20 @@ def run(config: Config, job: Job) -> Report:
     if job.task_count != 1:
         raise StageError("shard: it runs as one task; set its task count to 1")
     source = job.inputs["pictures"] / "out"
-    aside = job.directory / "out.unfinished"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = _emptied(job.directory / "out.unfinished")
     try:
         with explain_full_disk(
             job.directory, "The crawled pictures are untouched; only this stage starts over."
         ):
             counts, manifest = _write_shards(config, job, source, aside)
+            if config.check:
+                _read_back(aside, job, manifest["bytes"])
     except DataError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise StageError(str(error)) from error
     finally:
         (job.directory / "records.tmp").unlink(missing_ok=True)
+        shutil.rmtree(job.directory / "plan.tmp", ignore_errors=True)
     shutil.rmtree(job.out, ignore_errors=True)
     aside.replace(job.out)
     counts |= {f"split_{name}": count for name, count in manifest["splits"].items()}
@@ -123,12 +132,11 @@ def _write_shards(
         return split_of(key, labels_of(url, pattern), rules, config.seed, given) == split
 
     left_out = captions_left_out = 0
-    writer = ShardWriter(aside, config.shard_bytes, [rule.name for rule in rules], labels)
-    tars = _Tars(source)
-    with job.progress.task("shard", count) as task:
+    plan = ShardPlan(_emptied(job.directory / "plan.tmp"), source, "Run the crawl stage again.")
+    with job.progress.task("records", count) as task:
         for number, row in enumerate(records):
             if number % 1000 == 0 and job.should_stop():
-                raise Stopped("shard: stopped; run again to start it over")
+                raise Stopped(STOPPED)
             found = labels_of(row["url"], pattern)
             of_url = given_splits(row["given"])
             split = split_of(row["key"], found, rules, config.seed, set().union(*of_url.values()))
@@ -137,12 +145,15 @@ def _write_shards(
             given = merge_given(row["given"], belongs)
             left_out += refused
             captions_left_out += given.refused
-            image = tars.read(row)
             licence = config.licence.of(found, given.licence)
             record = record_json(row, found, split, licence, languages, given)
-            writer.write(image, picture_extension(image), record)
+            plan.add(split, _planned(row, record))
             task.advance()
-    tars.close()
+    layout = Layout(aside, [rule.name for rule in rules], labels, config.shard_bytes)
+    with job.progress.task("shard", len(plan)) as task:
+        manifest = plan.write(layout, job.processes, task.advance, job.should_stop)
+    if manifest is None:
+        raise Stopped(STOPPED)
     dropped = duplicates.append_column("reason", pa.array(["duplicate"] * duplicates.num_rows, pa.string()))
     pq.write_table(dropped, aside / "dropped.parquet")
     counts = {
@@ -152,7 +163,21 @@ def _write_shards(
         "queries_of_other_splits": left_out,
         "captions_of_other_splits": captions_left_out,
     }
-    return counts, writer.close()
+    return counts, manifest
+
+
+def _read_back(corpus: Path, job: Job, size: int) -> None:
+    """CorpusError where the disk gives other bytes than were written to it."""
+    shards = find_shards([corpus])
+    with job.progress.task("check", len(shards.tasks)) as task:
+        report = check(shards, min(job.processes, 1 + size // PROCESS_WORTH_BYTES), task.advance)
+    if report.kinds:
+        one = report.findings[0]
+        raise CorpusError(
+            f"{job.directory}: the shards are not as they were written, {report.kinds.total()} times; "
+            f"the first is in {one.shard}, byte {one.offset}: {one.kind}: {one.detail}. "
+            "Run it again, on another disk."
+        )
 
 
 def _check_licence(licence: LicenceConfig, labels: list[str]) -> None:
@@ -160,28 +185,14 @@ def _check_licence(licence: LicenceConfig, labels: list[str]) -> None:
         raise DataError(f"licence.by: no label '{licence.by}'; labels: {', '.join(labels) or 'none'}")
 
 
-class _Tars:
-    """The crawl's tars, read by offset."""
+def _planned(row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """A crawled picture and its record, as a plan lists them."""
+    found = {name: record[name] for name in ("key", "sha256", "width", "height", "licence", "labels")}
+    place = {"file": row["tar"], "image_offset": row["offset"], "image_bytes": row["bytes"]}
+    return found | place | {"called": row["url"], "json": record_bytes(record)}
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._files: dict[str, int] = {}
 
-    def read(self, row: dict[str, Any]) -> bytes:
-        if row["tar"] not in self._files:
-            try:
-                self._files[row["tar"]] = os.open(self._directory / row["tar"], os.O_RDONLY)
-            except OSError as error:
-                raise CorpusError(
-                    f"{self._directory / row['tar']}: {error.strerror}. Run the crawl stage again."
-                ) from error
-        data = os.pread(self._files[row["tar"]], row["bytes"], row["offset"])
-        if len(data) != row["bytes"]:
-            raise CorpusError(
-                f"{self._directory / row['tar']}: cut short at {row['url']}. Run the crawl stage again."
-            )
-        return data
-
-    def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
+def _emptied(directory: Path) -> Path:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory
