@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline import shards_command
 from pipeline.cli_options import (
     ROOT,
     UNCHANGED,
@@ -280,6 +281,7 @@ def report(
 
 for command in (slurm_commands.submit, slurm_commands.cancel, slurm_commands.doctor):
     app.command()(command)
+app.add_typer(shards_command.app)
 
 
 @app.command()
