@@ -1,5 +1,6 @@
 """A stage as an array of tasks, in real processes: joined it equals one run; only what is missing runs."""
 
+import hashlib
 import json
 import os
 import signal
@@ -19,7 +20,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.crawl import SCHEMA
+from data_tools import crawl_statistics
+from data_tools.crawl import SCHEMA, CrawlOptions
+from data_tools.crawl_reuse import Terms
 from data_tools.crawl_shares import ShareError, join, share_of
 from pipeline import array_tasks, logs
 from stages import crawl
@@ -279,10 +282,19 @@ def test_ten_thousand_tasks_under_a_max_array_size_of_1001(tmp_path: Path) -> No
 
 def test_a_url_is_in_one_share_whatever_else_there_is() -> None:
     urls = [f"http://site.example/{i}" for i in range(3000)]
-    shares = [share_of(urls, i, 7) for i in range(7)]
-    assert sorted(url for share in shares for url in share) == sorted(urls)
-    assert all(330 < len(share) < 530 for share in shares)
-    assert share_of(urls[::2], 3, 7) == [url for url in shares[3] if url in set(urls[::2])]
+
+    def share(of: list[str], index: int, own: bool) -> list[str]:
+        return share_of(pa.chunked_array([of]), index, 7, lambda url: own).to_pylist()
+
+    shares = [share(urls, i, True) for i in range(7)]  # of the stage's own site: each by its own hash
+    assert sorted(url for each in shares for url in each) == sorted(urls)
+    assert all(330 < len(each) < 530 for each in shares)
+    assert share(urls[::2], 3, True) == [url for url in shares[3] if url in set(urls[::2])]
+    assert sorted(len(share(urls, i, False)) for i in range(7)) == [0] * 6 + [3000]  # a host is in one share
+    hosts = [f"http://site{i % 700}.example/{i}" for i in range(3000)] + ["ftp://x/1", "ftp://x/2"]
+    shares = [share(hosts, i, False) for i in range(7)]
+    assert sorted(url for each in shares for url in each) == sorted(hosts)
+    assert all(330 < len(each) < 530 for each in shares)
 
 
 def test_shares_are_joined_by_url_also_where_one_is_empty(tmp_path: Path) -> None:
@@ -292,15 +304,19 @@ def test_shares_are_joined_by_url_also_where_one_is_empty(tmp_path: Path) -> Non
         (tmp_path / name / "tars" / "00000.tar").write_text(name)
         rows = [{"url": url, "status": "ok", "tar": "tars/00000.tar", "offset": 0} for url in urls]
         rows += [{"url": f"http://dead/{name}", "status": "not_found"}] if urls else []
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / name / "pictures.parquet")
+        table = pa.Table.from_pylist(rows, SCHEMA)
+        pq.write_table(table, tmp_path / name / "pictures.parquet")
+        pq.write_table(crawl_statistics.of_rows(table, reused=False), tmp_path / name / "statistics.parquet")
     joined = join([tmp_path / name for name in pictures], tmp_path / "out", lambda n: None)
-    assert [(found["url"], found["tar"]) for found in joined.to_pylist()] == [
+    assert [(found["url"], found["tar"]) for found in joined.pictures.to_pylist()] == [
         ("http://a/", "tars/1/00000.tar"),
         ("http://b/", "tars/2/00000.tar"),
         ("http://c/", "tars/1/00000.tar"),
         ("http://dead/b", None),
         ("http://dead/c", None),
     ]
+    counted = [(row["host"], row["status"], row["count"]) for row in joined.statistics.to_pylist()]
+    assert counted == [(host, "ok", 1) for host in "abc"] + [("dead", "not_found", 2)]
     assert [(tmp_path / "out" / "tars" / str(i) / "00000.tar").read_text() for i in (1, 2)] == ["b", "c"]
     (tmp_path / "b" / "tars" / "00000.tar").unlink()
     with pytest.raises(ShareError, match=r"b/tars/00000.tar: missing") as raised:
@@ -326,6 +342,38 @@ def test_finish_of_a_crawl_says_which_tasks_are_to_run_again(tmp_path: Path) -> 
     with pytest.raises(SpoiltTasks, match=r"pictures.parquet: cannot be read .* Run task 1 again") as spoilt:
         crawl.finish(crawl.Config(), whole)
     assert list(spoilt.value.tasks) == [1]
+
+
+def test_tasks_take_over_what_an_earlier_crawl_fetched(tmp_path: Path) -> None:
+    urls = [f"http://site{i}.example/x.webp" for i in range(20)]
+    data = [picture(100 + i, 120, (i, 0, 0)) for i in range(20)]
+    (tmp_path / "filter" / "out").mkdir(parents=True)
+    pq.write_table(pa.table({"url": urls}), tmp_path / "filter" / "out" / "pairs.parquet")
+    config = crawl.Config()
+    first = tmp_path / "crawl" / "first" / "out"
+    (first / "tars").mkdir(parents=True)
+    (first / "tars" / "00000.tar").write_bytes(b"".join(data))
+    rows = []
+    for i, (url, found) in enumerate(zip(urls, data, strict=True)):
+        row = {"url": url, "status": "ok", "sha256": hashlib.sha256(found).hexdigest(), "width": 100 + i}
+        place = {"tar": "tars/00000.tar", "offset": sum(map(len, data[:i])), "bytes": len(found)}
+        rows.append(row | {"height": 120} | place)
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), first / "pictures.parquet")
+    CrawlOptions(config.guard(None), config.limits(0)).terms(config.rules()).write(first)
+    stage, inputs = tmp_path / "crawl" / "second", {"pairs": tmp_path / "filter"}
+    for i in range(2):  # nothing is left to fetch: no process is started, no host of the web is asked
+        job = make_job(task_directory(stage, i), **inputs)
+        report = crawl.run_task(config, replace(job, task_index=i, task_count=2))
+        assert report.counts["kept"] == report.metrics["crawl/reused"] > 0
+    whole = replace(make_job(stage, **inputs), task_count=2)
+    report = crawl.finish(config, whole)
+    assert report.counts["kept"] == report.metrics["crawl/reused"] == 20
+    table = pq.read_table(whole.out / "pictures.parquet").to_pylist()
+    assert {row["tar"] for row in table} == {"tars/0/reused-00000.tar", "tars/1/reused-00000.tar"}
+    for row in table:
+        bytes_ = (whole.out / row["tar"]).read_bytes()[row["offset"] : row["offset"] + row["bytes"]]
+        assert bytes_ == data[urls.index(row["url"])]
+    assert Terms.read(whole.out) == Terms.read(first)  # so that a third one takes over from it
 
 
 def corpus(cwd: Path) -> None:

@@ -110,6 +110,7 @@ def test_every_url_has_its_status_and_pictures_are_as_fetched(tmp_path: Path) ->
             max_bytes=1_000_000,
             urls_per_piece=6,
             retries=0,
+            host_delay_s=0,
         )
         report = run(config, job)
         found = rows_of(job.directory)
@@ -167,6 +168,7 @@ def test_killed_and_run_again_fetches_no_finished_piece_twice(tmp_path: Path) ->
     with HostileSite(files, delay_s=0.02) as site:
         inputs = pairs(tmp_path / "filter", [site.url + path for path in files])
         config = {"allow_private": True, "urls_per_piece": 10, "threads": 2, "processes": 2, "retries": 0}
+        config |= {"host_delay_s": 0, "per_host": 2}
         tars = tmp_path / "crawl" / "out" / "tars"
         killed_after_pieces(process(config, tmp_path / "crawl", inputs), tars, 4)
         done = [int(path.name[:5]) for path in tars.glob("*_stats.json")]
@@ -209,7 +211,7 @@ def test_damaged_pieces_are_fetched_again(tmp_path: Path) -> None:
         job = make_job(
             tmp_path / "crawl", pairs=pairs(tmp_path / "filter", [site.url + path for path in files])
         )
-        config = Config(allow_private=True, urls_per_piece=2)
+        config = Config(allow_private=True, host_delay_s=0, urls_per_piece=2)
         run(config, job)
         before = rows_of(job.directory)
         tars = job.out / "tars"
@@ -231,7 +233,13 @@ def test_a_full_disk_is_named_and_finished_pieces_stay(tmp_path: Path) -> None:
     }
     with HostileSite(files) as site:
         inputs = pairs(tmp_path / "filter", [site.url + path for path in files])
-        config = {"allow_private": True, "urls_per_piece": 4, "processes": 1, "retries": 0}
+        config = {
+            "allow_private": True,
+            "urls_per_piece": 4,
+            "processes": 1,
+            "host_delay_s": 0,
+            "per_host": 1,
+        }
         full = process(config, tmp_path / "crawl", inputs, FILE_LIMIT="200000")
         _, err = full.communicate(timeout=100)
         assert full.returncode == 2, err
@@ -251,7 +259,7 @@ def test_asked_to_stop_it_stops_between_pieces_and_goes_on_later(tmp_path: Path)
     with HostileSite(files) as site:
         inputs = pairs(tmp_path / "filter", [site.url + path for path in files])
         asked = iter([False] * 2 + [True] * 100)
-        config = Config(allow_private=True, urls_per_piece=2, processes=1)
+        config = Config(allow_private=True, host_delay_s=0, urls_per_piece=2, processes=1)
         with pytest.raises(Stopped):
             run(config, make_job(tmp_path / "crawl", should_stop=lambda: next(asked), pairs=inputs))
         assert 2 <= sum(site.hits.values()) < 12
