@@ -10,12 +10,13 @@ import csv
 import tempfile
 from pathlib import Path
 
-import ibis
 import numpy as np
 import pyarrow as pa
 
 from data_tools.click_log import read_click_log
-from data_tools.rules import FilterRules, judge, read_listed_words
+from data_tools.engines import EngineOptions, open_engine
+from data_tools.listed_words import WordLists, read_listed_words
+from data_tools.rules import FilterRules, judge
 from demo.click_model import ClickModel
 from demo.corpus import COLUMNS, HERE, make_pages, make_rows, read_concepts, read_drawings
 
@@ -26,12 +27,12 @@ def measure(seed: int, rules: FilterRules) -> dict[str, float]:
     rng = np.random.default_rng(seed)
     pages = make_pages(concepts, drawings, read_drawings(), rng)
     rows, truth = make_rows(pages, concepts, ClickModel(), rng)
-    connection = ibis.duckdb.connect()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "click_log.csv"
         with path.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
-        judged = connection.to_pyarrow(judge(read_click_log(path, connection), rules))
+        with open_engine("duckdb", Path(folder) / "scratch", EngineOptions(threads=2)) as engine:
+            judged = engine.connection.to_pyarrow(judge(read_click_log(path, engine).table, rules))
     kept: set[tuple[str, str]] = set()
     for query, url, reason in zip(judged["query"], judged["url"], judged["reason"], strict=True):
         if reason.as_py() is None:
@@ -56,7 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.filter_precision", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     rules = FilterRules(
-        best_per_query=6, listed_words=read_listed_words(HERE / "corpus" / "listed_words.txt")
+        best_per_query=6,
+        listed_words=WordLists.of_all(read_listed_words(HERE / "corpus" / "listed_words.txt")),
     )
     print(f"{'seed':>4}  {'rows':>7}  {'kept':>7}  {'right before':>12}  {'precision':>9}  {'recall':>6}")
     for seed in parser.parse_args().seeds:

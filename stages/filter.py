@@ -1,24 +1,58 @@
 """The filter stage: a click log → the pairs worth fetching, and every dropped row under its one reason."""
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import ibis
-from ibis.backends.duckdb import Backend
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_tools.click_log import read_click_log
+from data_tools.engines import EngineOptions, is_unreadable, open_engine
 from data_tools.errors import DataError, explain_full_disk
-from data_tools.rules import REASONS, FilterRules, judge, read_listed_words
-from stages.base import Job, Report, StageConfig, StageError
+from data_tools.judged_files import ORDER, JudgedFiles
+from data_tools.listed_words import WordLists, read_word_lists
+from data_tools.rules import FilterRules, Subset, judge
+from stages.base import Frozen, Job, Report, StageConfig, StageError, Stopped
+
+
+class SparkConfig(Frozen):
+    """Where Spark runs, for `engine: spark`."""
+
+    master: str | None = Field(
+        default=None,
+        description="say spark://host:7077; null: the environment's SPARK_MASTER, or this machine alone",
+    )
+    conf: dict[str, str] = Field(
+        default_factory=dict, description="Spark's own settings, say spark.executor.memory: 32g"
+    )
+
+
+class SubsetConfig(Frozen):
+    """A seeded sample of the pictures, with all their rows: each query keeps about its part of the rows."""
+
+    share: float = Field(gt=0, le=1, description="of the pictures that the rules leave")
+    seed: int = Field(default=0, ge=0, description="another seed draws other pictures")
+
+
+class LanguagesConfig(Frozen):
+    """Language codes by script, as in the shard stage: of texts with Han characters, and of all others."""
+
+    han: str = "zh"
+    other: str = "en"
 
 
 class Config(StageConfig):
     kind: Literal["filter"] = "filter"
-    click_log: Path = Field(description="the log: .csv, .tsv or .parquet, relative to the recipe")
-    listed_words: Path | None = Field(
-        default=None, description="word list: texts that hold one of its words are dropped"
+    click_log: Path = Field(
+        description="the log: a .csv, .tsv or .parquet file, a folder of .parquet files, or a glob of files of "
+        "one kind; relative to the recipe"
     )
+    listed_words: Path | dict[str, Path] | None = Field(
+        default=None,
+        description="word list: texts that hold one of its words are dropped; or a list a language, by its code",
+    )
+    languages: LanguagesConfig = LanguagesConfig()
     min_show: int = Field(
         default=20, ge=0, description="rows shown fewer times are dropped: their CTR says little"
     )
@@ -35,19 +69,45 @@ class Config(StageConfig):
     max_aspect: float = Field(
         default=4.0, ge=1, description="longer side over shorter, where the log has them"
     )
+    subset: SubsetConfig | None = Field(default=None, description="keep a seeded share of the pictures alone")
+    engine: Literal["duckdb", "spark"] = Field(
+        default="duckdb", description="both give the same rows; spark: for logs beyond one machine"
+    )
+    spark: SparkConfig = SparkConfig()
     memory_limit: str | None = Field(
-        default=None, description="DuckDB's memory, say '8GB'; null: its own default"
+        default=None,
+        description="memory of DuckDB, or of a local Spark, say '8GB'; null: the engine's own default",
     )
 
-    cosmetic: ClassVar[frozenset[str]] = frozenset({"memory_limit"})
+    cosmetic: ClassVar[frozenset[str]] = frozenset({"memory_limit", "engine", "spark"})
+    version: ClassVar[int] = 2
+
+    @model_validator(mode="after")
+    def _lists_have_languages(self) -> "Config":
+        if isinstance(self.listed_words, dict):
+            known = (self.languages.han, self.languages.other)
+            unknown = sorted(set(self.listed_words) - set(known))
+            if unknown:
+                raise ValueError(
+                    f"listed_words: '{unknown[0]}' is no code of `languages`; allowed: {', '.join(known)}"
+                )
+        return self
 
     def files(self) -> dict[str, Path]:
-        return {"click_log": self.click_log} | (
-            {"listed_words": self.listed_words} if self.listed_words else {}
-        )
+        if isinstance(self.listed_words, dict):
+            lists = {f"listed_words.{code}": path for code, path in self.listed_words.items()}
+        else:
+            lists = {"listed_words": self.listed_words} if self.listed_words else {}
+        return {"click_log": self.click_log, **lists}
 
     def rules(self, recipe_directory: Path) -> FilterRules:
-        words = read_listed_words(recipe_directory / self.listed_words) if self.listed_words else ()
+        """The numbers and word lists. Raises DataError for a list that cannot be read."""
+        lists, codes = WordLists(), self.languages
+        if isinstance(self.listed_words, dict):
+            paths: Mapping[str, Path] = {c: recipe_directory / p for c, p in self.listed_words.items()}
+            lists = read_word_lists(paths, codes.han, codes.other)
+        elif self.listed_words is not None:
+            lists = read_word_lists(recipe_directory / self.listed_words, codes.han, codes.other)
         return FilterRules(
             min_show=self.min_show,
             min_ctr=self.min_ctr,
@@ -55,32 +115,23 @@ class Config(StageConfig):
             best_per_query=self.best_per_query,
             min_words=self.min_words,
             max_words=self.max_words,
-            listed_words=words,
+            listed_words=lists,
             min_side_px=self.min_side_px,
             max_aspect=self.max_aspect,
+            subset=None if self.subset is None else Subset(self.subset.share, self.subset.seed),
         )
 
 
 def run(config: Config, job: Job) -> Report:
-    """Write out/pairs.parquet and out/dropped.parquet, both sorted by query and URL."""
+    """Write out/pairs.parquet, out/dropped.parquet (both sorted by query and URL) and out/measures.parquet, the
+    numbers that `tandem corpus whatif` judges anew."""
     if job.task_count != 1:
-        raise StageError(
-            "filter: it runs as one task (a window over all rows of a query); set its task count to 1"
-        )
+        raise StageError("filter: it runs as one task (rows of a query are ranked); set its task count to 1")
     job.out.mkdir(parents=True, exist_ok=True)
     kept = "Nothing of this stage is kept; earlier stages are untouched."
     try:
-        with explain_full_disk(job.out, kept), job.progress.task("filter", 3) as task:
-            rules = config.rules(job.recipe_directory)
-            connection = _connect(config, job)
-            log = read_click_log(job.recipe_directory / config.click_log, connection)
-            task.advance()
-            judged = connection.create_table("judged", judge(log, rules), temp=True)
-            task.advance()
-            counts = _write(connection, judged, job.out)
-            task.advance()
-            rows = int(connection.execute(log.count()))
-            connection.disconnect()
+        with explain_full_disk(job.out, kept):
+            rows, counts = _filter(config, job)
     except DataError as error:
         raise StageError(str(error)) from error
     if rows != sum(counts.values()):
@@ -94,28 +145,24 @@ def run(config: Config, job: Job) -> Report:
     return Report(counts={"rows": rows, **counts}, metrics=metrics)
 
 
-def _connect(config: Config, job: Job) -> Backend:
-    spill = job.directory / "spill"
-    settings = {"temp_directory": str(spill)}
-    if config.memory_limit is not None:
-        settings["memory_limit"] = config.memory_limit
-    connection: Backend = ibis.duckdb.connect(**settings)
-    return connection
-
-
-def _write(connection: Backend, judged: ibis.Table, out: Path) -> dict[str, int]:
-    """Both files by temp file and rename; the counts: kept, and dropped_<reason> for every reason."""
-    kept = judged.filter(judged.reason.isnull()).drop("reason").order_by("query", "url")
-    dropped = judged.filter(judged.reason.notnull()).order_by("query", "url", "reason", "show", "click")
-    for name, table in (("pairs.parquet", kept), ("dropped.parquet", dropped)):
-        unfinished = out / f"{name}.tmp"
-        connection.to_parquet(table, unfinished)
-        unfinished.replace(out / name)
-    found = connection.execute(judged.group_by("reason").agg(n=judged.count()))
-    by_reason = {
-        reason: int(n)
-        for reason, n in zip(found["reason"], found["n"], strict=True)
-        if isinstance(reason, str)
-    }
-    total = int(connection.execute(kept.count()))
-    return {"kept": total, **{f"dropped_{reason}": by_reason.get(reason, 0) for reason in REASONS}}
+def _filter(config: Config, job: Job) -> tuple[int, dict[str, int]]:
+    """How many rows were read, and how many were kept and dropped by each rule."""
+    rules = config.rules(job.recipe_directory)
+    options = EngineOptions(job.processes, config.memory_limit, config.spark.master, config.spark.conf)
+    path = job.recipe_directory / config.click_log
+    with open_engine(config.engine, job.directory / "spill", options) as engine:
+        try:
+            log = read_click_log(path, engine)
+            judged = engine.judged(log.table, log.rows, partial(judge, rules=rules), "query", ORDER)
+            with job.progress.task("filter", log.rows) as task, JudgedFiles(job.out) as files:
+                for batch in judged:
+                    if job.should_stop():
+                        raise Stopped("filter: stopped; run again to start it over")
+                    files.write(batch)
+                    task.advance(batch.num_rows)
+        except Exception as error:
+            if not is_unreadable(error):
+                raise
+            first = str(error).splitlines()[0]
+            raise DataError(f"{path}: {first}. Write the log again.") from error
+    return log.rows, files.counts()

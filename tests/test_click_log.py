@@ -3,19 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-import ibis
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools.click_log import ClickLogError, check_utf8, read_click_log
+from data_tools.click_log import read_click_log
+from data_tools.engines import EngineOptions, open_engine
+from data_tools.log_files import ClickLogError, check_utf8
 from tests.data_helpers import COLUMNS, row, write_log
 
 
 def read(path: Path) -> pd.DataFrame:
-    connection = ibis.duckdb.connect()
-    return connection.execute(read_click_log(path, connection))
+    with open_engine("duckdb", path.parent / "scratch", EngineOptions(threads=2)) as engine:
+        return engine.connection.execute(read_click_log(path, engine).table)
 
 
 def error_of(path: Path) -> str:
