@@ -1,9 +1,10 @@
-"""A made click log of any size as Parquet parts, the same for the same seed: what the filter's benchmarks read.
+"""A made click log of any size as Parquet parts, the same for the same seed: what the filter's benchmarks
+read.
 
 Queries are drawn log-uniformly (Zipf-like: the first of a thousand takes a tenth of the rows). A picture has
-a title and a content (English or Chinese, some with CJK punctuation, digits or emoji) and stands in a few rows
-one after the other, as in a log written by page. Some pairs stand twice, some CTRs and shows tie, some URLs,
-sizes and texts are bad. DuckDB makes a part at a time: memory does not grow with the rows.
+a title and a content (English or Chinese, some with CJK punctuation, digits or emoji) and stands in a few
+rows one after the other, as in a log written by page. Some pairs stand twice, some CTRs and shows tie, some
+URLs, sizes and texts are bad. DuckDB makes a part at a time: memory does not grow with the rows.
 """
 
 from pathlib import Path
@@ -17,8 +18,8 @@ QUERIES = 2_000_000
 
 
 def write_log(folder: Path, rows: int, seed: int = 0, memory_limit: str = "1GB") -> None:
-    """Write part-00000.parquet, … into `folder`; parts that are there are kept. A log is a part of each larger
-    one of the same seed, in whole parts."""
+    """Write part-00000.parquet, … into `folder`; parts that are there are kept. A log is a part of each
+    larger one of the same seed, in whole parts."""
     folder.mkdir(parents=True, exist_ok=True)
     connection = duckdb.connect()
     connection.execute(f"SET memory_limit = '{memory_limit}'; SET threads = 2")

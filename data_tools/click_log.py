@@ -121,9 +121,7 @@ def _first_problem(files: Sequence[LogFile]) -> ClickLogError:
         connection = ibis.duckdb.connect()
         raw = connection.read_parquet(file.parquet, file_row_number=True, hive_partitioning=False)
         checks, _ = _checked(raw, file.separator is not None)
-        firsts = {
-            f"c{i}": raw[_ROW].min(where=check.bad.fill_null(False)) for i, check in enumerate(checks)
-        }
+        firsts = {f"c{i}": raw[_ROW].min(where=check.bad.fill_null(False)) for i, check in enumerate(checks)}
         found = connection.to_pyarrow(raw.aggregate(**firsts)).to_pylist()[0]
         rows = [(row, i) for i, row in enumerate(found.values()) if row is not None]
         if rows:

@@ -35,7 +35,8 @@ Judge = Callable[[ir.Table], ir.Table]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """`memory_limit`: DuckDB's, or the Spark driver's where it is local ('8GB'). `threads`: of one machine."""
+    """`memory_limit`: DuckDB's, or the Spark driver's where it is local ('8GB'). `threads`: of one
+    machine."""
 
     threads: int
     memory_limit: str | None = None
@@ -227,7 +228,8 @@ def _spark_session(scratch: Path, options: EngineOptions) -> Any:
     except Exception as error:  # Py4J's, by class of Java's
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(
-            f"engine: spark: no session on {master}: {first}. Check `spark.master` and `spark.conf`. {_REMEDY}"
+            f"engine: spark: no session on {master}: {first}. Check `spark.master` and `spark.conf`. "
+            f"{_REMEDY}"
         ) from error
 
 

@@ -1,4 +1,5 @@
-"""The filter's files, from a stream of judged rows in order: pairs.parquet, dropped.parquet, measures.parquet.
+"""The filter's files, from a stream of judged rows in order: pairs.parquet, dropped.parquet,
+measures.parquet.
 
 Rows come sorted by query, URL and copy. All three files keep that order, in row groups of a fixed size: their
 bytes depend on the rows alone, not on the engine or on how the stream was cut. Memory holds a row group each.
@@ -64,7 +65,9 @@ class JudgedFiles:
 
     def _numbers(self, queries: pa.Array) -> pa.Array:
         """The number of each row's query: equal queries stand together."""
-        before = pa.concat_arrays([pa.array([self._query.as_py()], pa.string()), queries.slice(0, len(queries) - 1)])
+        before = pa.concat_arrays(
+            [pa.array([self._query.as_py()], pa.string()), queries.slice(0, len(queries) - 1)]
+        )
         begins = pc.fill_null(pc.not_equal(queries, before), True)
         numbers = pc.add(pc.cumulative_sum(pc.cast(begins, pa.int64())), self._number)
         self._query, self._number = queries[-1], numbers[-1].as_py()
@@ -101,7 +104,9 @@ class _RowGroups:
 
     def write(self, rows: pa.Table) -> None:
         """Rows with at least the columns of this file that the log has; the first call settles which."""
-        schema = pa.schema([(name, kind) for name, kind in self._columns.items() if name in rows.column_names])
+        schema = pa.schema(
+            [(name, kind) for name, kind in self._columns.items() if name in rows.column_names]
+        )
         self._waiting.append(rows.select(schema.names).cast(schema))
         self._rows += rows.num_rows
         if self._writer is None:

@@ -43,6 +43,12 @@ def holds_listed(text: ir.StringValue, lists: WordLists) -> ir.BooleanValue:
     return ibis.ifelse(text.re_search(f"[{HAN}]"), _holds(text, han), _holds(text, other))
 
 
+def first_listed(text: str, lists: WordLists) -> str | None:
+    """The first word of its list that one Python string holds, or None."""
+    words = lists.han if re.search(f"[{HAN}]", text) else lists.other
+    return next((word for word in words if re.search(str(listed_pattern((word,))), text)), None)
+
+
 def _holds(text: ir.StringValue, pattern: str | None) -> ir.BooleanValue:
     return ibis.literal(False) if pattern is None else text.re_search(pattern)
 

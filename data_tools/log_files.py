@@ -55,13 +55,16 @@ def find_log_files(path: Path) -> list[Path]:
         if not found:
             raise ClickLogError(f"{path}: no .parquet file in this folder. Check `click_log` in the recipe.")
     else:
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        named = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+        found = sorted(Path(name) for name in named if Path(name).is_file())
         if not found:
             raise ClickLogError(f"{path}: no such click log. Check `click_log` in the recipe.")
     suffixes = {file.suffix.lower() for file in found}
     if not suffixes <= {*SEPARATORS, ".parquet"}:
         odd = next(file for file in found if file.suffix.lower() not in {*SEPARATORS, ".parquet"})
-        raise ClickLogError(f"{odd}: '{odd.suffix}' is no ending of a click log; allowed: .csv, .tsv, .parquet")
+        raise ClickLogError(
+            f"{odd}: '{odd.suffix}' is no ending of a click log; allowed: .csv, .tsv, .parquet"
+        )
     if len(suffixes) > 1:
         raise ClickLogError(f"{path}: files of several kinds ({', '.join(sorted(suffixes))}). Name one kind.")
     return found
@@ -80,8 +83,8 @@ def open_log_files(path: Path, scratch: Path) -> list[LogFile]:
         first = files[0]
         if set(SIZES) & set(files[-1].columns) != set(SIZES) & set(first.columns):
             raise ClickLogError(
-                f"{file}: width and height stand in one of this file and {first.path.name} alone. Give them to "
-                "all files of a log, or to none."
+                f"{file}: width and height stand in one of this file and {first.path.name} alone. Give "
+                "them to all files of a log, or to none."
             )
     if not any(file.rows for file in files):
         raise ClickLogError(f"{path}: the click log has zero rows. Write at least one row under the header.")

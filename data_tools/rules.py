@@ -7,15 +7,15 @@ both.
 
 The same expressions run on DuckDB and on Spark and give the same rows, so they keep to what both read alike:
 regular expressions without backslashes, groups that repeat (Java's recurse and overflow on a long text) or
-lower() (Java and DuckDB differ beyond ASCII), an explicit place for nulls in every order, doubles as fractions
-of whole numbers, and hashes by SHA-256.
+lower() (Java and DuckDB differ beyond ASCII), an explicit place for nulls in every order, doubles as
+fractions of whole numbers, and hashes by SHA-256.
 
 Words. A Han character, a kana or a bopomofo letter is one word each; all other text splits at white space and
 at CJK punctuation. So "红色 panda 2024" has 4 words (红, 色, panda, 2024), "hello, world" 2, "你好，世界" 4.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import ibis
@@ -71,7 +71,7 @@ class FilterRules:
     best_per_query: int | None = 10
     min_words: int = 2
     max_words: int = 128
-    listed_words: WordLists = WordLists()
+    listed_words: WordLists = field(default_factory=WordLists)
     min_side_px: int = 100
     max_aspect: float = 4.0
     subset: Subset | None = None
@@ -90,9 +90,9 @@ def judge(log: ir.Table, rules: FilterRules) -> ir.Table:
 
 
 def measure(log: ir.Table, rules: FilterRules) -> ir.Table:
-    """The log's rows with what `decide` reads of them beside show, click, width and height: `copy`, `bad_url`,
-    `query_words`, `title_words`, `content_words`, `listed` where there are lists, `draw` where there is a
-    subset.
+    """The log's rows with what `decide` reads of them beside show, click, width and height: `copy`,
+    `bad_url`, `query_words`, `title_words`, `content_words`, `listed` where there are lists, `draw` where
+    there is a subset.
 
     `copy` numbers the rows of one query and URL, the one to keep first (0): the most shows, then clicks, then
     the smaller title and content (and width and height), so that it is the same row in every engine.
@@ -155,8 +155,6 @@ def decide(rows: ir.Table, rules: FilterRules, last: str) -> ir.Table:
     """Measured rows with `ctr` and `reason`. Rows of one query are equal in the column `query`; the column
     `last` orders those of one query, CTR and shows."""
     rows = decide_alone(rows, rules)
-    if rules.best_per_query is None and rules.subset is None:
-        return rows.drop("score")
     late = ibis.ifelse(rows.reason.isnull(), late_reason(rows, rules, last), rows.reason)
     return rows.mutate(reason=late).drop("score")
 
@@ -174,29 +172,31 @@ def late_reason(rows: ir.Table, rules: FilterRules, last: str) -> ir.StringValue
     those of its query, not_in_subset by its picture's draw."""
     cases: list[tuple[ir.BooleanValue, str]] = []
     if rules.best_per_query is not None:
-        rank = ibis.row_number().over(
-            ibis.window(
-                group_by=[rows["query"], rows.reason.isnull()],
-                order_by=[
-                    rows.score.desc(nulls_first=False),
-                    rows.show.desc(nulls_first=False),
-                    rows[last].asc(nulls_first=False),
-                ],
-            )
-        )
-        cases.append((rank >= rules.best_per_query, "not_among_best"))
+        cases.append((rank_in_query(rows, last) >= rules.best_per_query, "not_among_best"))
     if rules.subset is not None:
         cases.append((~in_subset(rows.draw, rules.subset), "not_in_subset"))
-    return ibis.cases(*cases, else_=ibis.null("string"))
+    return ibis.cases(*cases, else_=ibis.null("string")) if cases else ibis.null("string")
+
+
+def rank_in_query(rows: ir.Table, last: str) -> ir.IntegerValue:
+    """0 for the best row of a query among those with the same kind of reason (none, or any): the highest
+    score, then the most shows, then the smallest `last`."""
+    best_first = [
+        rows.score.desc(nulls_first=False),
+        rows.show.desc(nulls_first=False),
+        rows[last].asc(nulls_first=False),
+    ]
+    window = ibis.window(group_by=[rows["query"], rows.reason.isnull()], order_by=best_first)
+    return ibis.row_number().over(window)
 
 
 def in_subset(drawn: ir.StringValue, subset: Subset) -> ir.BooleanValue:
     """Whether a picture is in the subset: its draw is under `share`.
 
-    A picture is drawn with all its rows, by its URL and the seed alone: it does not matter what else is in the
-    log, which engine runs, or how many pictures there are; a smaller share is a part of a larger one. This
-    keeps the query distribution: each query, rare or frequent, has the same expected share of its pictures
-    drawn, so a query's part of the subset's rows differs from its part of all rows by the chance of
+    A picture is drawn with all its rows, by its URL and the seed alone: it does not matter what else is in
+    the log, which engine runs, or how many pictures there are; a smaller share is a part of a larger one.
+    This keeps the query distribution: each query, rare or frequent, has the same expected share of its
+    pictures drawn, so a query's part of the subset's rows differs from its part of all rows by the chance of
     independent draws alone (a query with n pictures keeps n·share ± √(n·share·(1 - share)) of them).
     """
     threshold = round(subset.share * 16**DRAW_DIGITS)
@@ -236,8 +236,8 @@ def _score(rows: ir.Table, rules: FilterRules) -> ir.FloatingValue:
 
 
 def exactly(number: float) -> ir.FloatingValue:
-    """A double that every engine reads to its last bit: decimals of 16 digits and more are not all read alike,
-    quotients of whole numbers are."""
+    """A double that every engine reads to its last bit: decimals of 16 digits and more are not all read
+    alike, quotients of whole numbers are."""
     above, below = number.as_integer_ratio()
     if below >= 2**63:  # under 10^-3 with many digits
         return ibis.literal(number).cast("float64")

@@ -1,5 +1,5 @@
-"""What other limits would leave of a click log, from the measures that the filter stored: the same counts as a
-new run, without the texts."""
+"""What other limits would leave of a click log, from the measures that the filter stored: the same counts as
+a new run, without the texts."""
 
 import tempfile
 from collections import Counter
@@ -20,7 +20,9 @@ def counts_under(measures: Path, rules: FilterRules, memory_limit: str | None = 
     with tempfile.TemporaryDirectory() as scratch:
         settings = {} if memory_limit is None else {"memory_limit": memory_limit}
         connection = ibis.duckdb.connect(temp_directory=scratch, **settings)
-        place = "file_row_number"  # the file is in the order of queries and URLs: its rows are ranked as URLs are
+        place = (
+            "file_row_number"  # the file is in the order of queries and URLs: its rows are ranked as URLs are
+        )
         rows = decide_alone(connection.read_parquet(measures, file_row_number=True), rules)
         early = rows.filter(rows.reason.notnull()).select("reason")
         left = rows.filter(rows.reason.isnull())

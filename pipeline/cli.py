@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline import shards_command
+from pipeline import corpus_command
 from pipeline.cli_options import (
     ROOT,
     UNCHANGED,
@@ -279,6 +280,7 @@ def report(
     sys.stdout.write(f"{path}\n")
 
 
+app.add_typer(corpus_command.app, name="corpus")
 for command in (slurm_commands.submit, slurm_commands.cancel, slurm_commands.doctor):
     app.command()(command)
 app.add_typer(shards_command.app)

@@ -45,12 +45,13 @@ class LanguagesConfig(Frozen):
 class Config(StageConfig):
     kind: Literal["filter"] = "filter"
     click_log: Path = Field(
-        description="the log: a .csv, .tsv or .parquet file, a folder of .parquet files, or a glob of files of "
-        "one kind; relative to the recipe"
+        description="the log: a .csv, .tsv or .parquet file, a folder of .parquet files, or a glob of "
+        "files of one kind; relative to the recipe"
     )
     listed_words: Path | dict[str, Path] | None = Field(
         default=None,
-        description="word list: texts that hold one of its words are dropped; or a list a language, by its code",
+        description="word list: texts that hold one of its words are dropped; or a list a language, "
+        "by its code",
     )
     languages: LanguagesConfig = LanguagesConfig()
     min_show: int = Field(
@@ -123,8 +124,8 @@ class Config(StageConfig):
 
 
 def run(config: Config, job: Job) -> Report:
-    """Write out/pairs.parquet, out/dropped.parquet (both sorted by query and URL) and out/measures.parquet, the
-    numbers that `tandem corpus whatif` judges anew."""
+    """Write out/pairs.parquet, out/dropped.parquet (both sorted by query and URL) and out/measures.parquet,
+    the numbers that `tandem corpus whatif` judges anew."""
     if job.task_count != 1:
         raise StageError("filter: it runs as one task (rows of a query are ranked); set its task count to 1")
     job.out.mkdir(parents=True, exist_ok=True)

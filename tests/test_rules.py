@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.listed_words import WordLists
-from data_tools.rules import REASONS, FilterRules, Subset, count_words, draw, judge, word_count
+from data_tools.rules import REASONS, FilterRules, Subset, count_words, judge, word_count
 from tests.data_helpers import row
 
 SIZES: dict[str, Any] = {"width": 200, "height": 200}
