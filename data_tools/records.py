@@ -1,5 +1,8 @@
-"""From pairs and crawled pictures to records: one a picture, with its texts and all its queries, in the order
-of keys.
+"""From pairs and crawled pictures to records: one a picture, with all its titles, contents and queries, in
+the order of keys.
+
+A picture's title and content are those of its row with the most shows; where its rows have others too (a page
+that changed, a picture on several pages), these follow in other_titles and other_contents.
 
 Pictures that are equal byte for byte (sha256) become one record: that of the first URL in sorted order, into
 which the queries of the others are merged (a query's shows and clicks add up), and what importers gave with
@@ -24,6 +27,8 @@ RECORD = (
     "url",
     "title",
     "content",
+    "titles",
+    "contents",
     "sha256",
     "width",
     "height",
@@ -53,9 +58,10 @@ def read_records(crawl_out: Path, scratch: Path) -> tuple[Iterator[dict[str, Any
     sha256).
 
     Everything is joined and sorted by DuckDB, which spills to disk, into the file `scratch`; that is then
-    streamed. A record has key, url, title, content, sha256, width, height, tar, offset, bytes, and queries: a
-    list of text, url (of the equal picture that it came from), split (the source's), show, click in the order
-    of texts and URLs; and given: what importers gave, in the order of their rows.
+    streamed. A record has key, url, title, content, titles, contents (all of them, those of the most shows
+    first), sha256, width, height, tar, offset, bytes, and queries: a list of text, url (of the equal picture
+    that it came from), split (the source's), show, click in the order of texts and URLs; and given: what
+    importers gave, in the order of their rows.
     """
     connection = ibis.duckdb.connect()
     pictures = connection.read_parquet(crawl_out / "pictures.parquet")
@@ -69,6 +75,8 @@ def read_records(crawl_out: Path, scratch: Path) -> tuple[Iterator[dict[str, Any
     )
     records = (
         kept.left_join(_pages(pairs), "url")
+        .left_join(_all_of(pairs, "title"), "url")
+        .left_join(_all_of(pairs, "content"), "url")
         .left_join(_queries(pairs, fetched), "kept_url")
         .drop("kept_url_right")
         .left_join(given_of(pairs, fetched), "kept_url")
@@ -87,6 +95,15 @@ def _pages(pairs: ir.Table) -> ir.Table:
     )
     first = pairs.mutate(place_=best)
     return first.filter(first.place_ == 0).select("url", "title", "content")
+
+
+def _all_of(pairs: ir.Table, column: str) -> ir.Table:
+    """Each URL's different texts of a column as one list, those of the most shows first."""
+    texts = pairs.filter(pairs[column].fill_null("") != "")
+    each = texts.group_by("url", column).agg(most=texts.show.max())
+    return each.group_by("url").agg(
+        **{f"{column}s": each[column].collect(order_by=[each.most.desc(), each[column]])}
+    )
 
 
 def _queries(pairs: ir.Table, fetched: ir.Table) -> ir.Table:
@@ -150,6 +167,8 @@ def record_json(
         "key": row["key"],
         "title": title,
         "content": content,
+        "other_titles": [text for text in row["titles"] or () if text != title],
+        "other_contents": [text for text in row["contents"] or () if text != content],
         "queries": queries,
         "captions": given.captions,
         "lang": languages.of(title or content)

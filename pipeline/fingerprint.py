@@ -1,5 +1,6 @@
 """Fingerprints: a stage's directory is named by everything that shapes its result, and by nothing else."""
 
+import glob
 import hashlib
 import json
 import os
@@ -154,6 +155,16 @@ def file_hashes(directory: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def is_glob(path: Path) -> bool:
+    """Whether a path names files by a pattern (`logs/day-*.parquet`), and no file of that very name."""
+    return glob.has_magic(str(path)) and not path.exists()
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The directory above a pattern's first wildcard."""
+    return next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
+
+
 class HashCache:
     """Hashes of big files, remembered by path, size and time of change."""
 
@@ -168,13 +179,15 @@ class HashCache:
             pass  # no cache yet, or a damaged one: hashing again is all it costs
 
     def sha256(self, path: Path) -> str:
-        """Of a file's content, or of a directory's names and contents; ABSENT if there is neither."""
-        if path.is_dir():
-            lines = [
-                f"{file.relative_to(path).as_posix()} {self.sha256(file)}"
-                for file in sorted(path.rglob("*"))
-                if file.is_file()
-            ]
+        """Of a file's content, or of the names and contents of a directory's files or a glob's; ABSENT if
+        there is none of these."""
+        if path.is_dir() or is_glob(path):
+            base = path if path.is_dir() else _fixed_part(path)
+            found = path.rglob("*") if path.is_dir() else base.glob(str(path.relative_to(base)))
+            files = [file for file in sorted(found) if file.is_file()]
+            if not files and not path.is_dir():
+                return ABSENT
+            lines = [f"{file.relative_to(base).as_posix()} {self.sha256(file)}" for file in files]
             return hashlib.sha256("\n".join(lines).encode()).hexdigest()
         if not path.is_file():
             return ABSENT

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import stages
-from pipeline.fingerprint import absent_message, identities, stage_files
+from pipeline.fingerprint import absent_message, identities, is_glob, stage_files
 from pipeline.recipe import load, load_head
 from pipeline.run_directory import RunDirectory
 from stages.base import KINDS
@@ -116,8 +116,8 @@ def _stages(
     )  # their code is not among the stamps
     addresses = any(config.addresses() for config in recipe.stages.values())  # they have no stamp
     if (
-        not own_kinds and not addresses and not any(path.is_dir() for path in files)
-    ):  # a directory's stamp says little of its content
+        not own_kinds and not addresses and not any(path.is_dir() or is_glob(path) for path in files)
+    ):  # a directory's stamp says little of its content, and a glob has none
         _remember(cache, key, {"files": {str(p): _stamp(p) for p in files}, "stages": stages_found})
     return stages_found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import plan
-from pipeline.fingerprint import HashCache, Identity, file_hashes, identities
+from pipeline.fingerprint import ABSENT, HashCache, Identity, file_hashes, file_sha256, identities
 from pipeline.recipe import Recipe, load
 from pipeline.run_directory import RunDirectory
 from stages.base import Report, StageError
@@ -290,3 +290,22 @@ stages:
     assert named("launch.processes=1") == before
     (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
     assert [a == b for a, b in zip(named(), before, strict=True)] == [True, False, False]
+
+
+def test_a_glob_is_the_names_and_contents_of_its_files(tmp_path: Path) -> None:
+    cache = HashCache(tmp_path / ".hashes.json")
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    pattern = logs / "day-*.parquet"
+    assert cache.sha256(pattern) == ABSENT
+    (logs / "day-1.parquet").write_text("one")
+    (logs / "other.txt").write_text("no part of it")
+    first = cache.sha256(pattern)
+    (logs / "other.txt").write_text("changed")
+    assert cache.sha256(pattern) == first
+    (logs / "day-2.parquet").write_text("two")
+    second = cache.sha256(pattern)
+    (logs / "day-1.parquet").write_text("1")
+    assert len({first, second, cache.sha256(pattern), ABSENT}) == 4
+    (logs / "day-[a].parquet").write_text("a file of that very name")
+    assert cache.sha256(logs / "day-[a].parquet") == file_sha256(logs / "day-[a].parquet")

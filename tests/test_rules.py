@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import ibis
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.listed_words import WordLists
-from data_tools.rules import REASONS, FilterRules, Subset, count_words, judge, word_count
+from data_tools.rules import REASONS, FilterRules, Subset, count_words, exactly, judge, word_count
 from tests.data_helpers import row
 
 SIZES: dict[str, Any] = {"width": 200, "height": 200}
@@ -177,6 +178,75 @@ def test_sql_and_python_count_the_same(texts: list[str]) -> None:
     table = ibis.memtable(pd.DataFrame({"i": range(len(texts) + 1), "s": [*texts, "end"]}))
     found = connection.execute(table.mutate(n=word_count(table.s)).order_by("i"))["n"].tolist()
     assert found == [count_words(text) for text in [*texts, "end"]]
+
+
+HOSTILE_TEXT = st.text(
+    st.sampled_from("a,.\u2019 \t\n\x0b\x85\u00a0\u3000\u200b红パー，。…é🐼𠀀-\x01"), max_size=25
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(HOSTILE_TEXT, max_size=200))
+def test_separators_in_any_order_are_counted_by_the_plain_rule(texts: list[str]) -> None:
+    table = ibis.memtable({"i": range(len(texts) + 1), "s": [*texts, ""]})
+    found = ibis.duckdb.connect().to_pyarrow(table.order_by("i").select(n=word_count(table.s)))
+    assert found["n"].to_pylist() == [count_words(text) for text in [*texts, ""]]
+
+
+@pytest.mark.parametrize("number", [0.1, 0.07, 1 / 3, 1.0, 4.0, 1.959963984540054, 5e-324, 0.1 + 2**-55])
+def test_doubles_reach_the_engine_to_the_last_bit(number: float) -> None:
+    assert ibis.duckdb.connect().execute(exactly(number)) == number
+
+
+def drawn(rows: list[dict[str, Any]], share: float, seed: int = 0) -> pd.DataFrame:
+    frame = judged(rows, best_per_query=None, subset=Subset(share, seed))
+    assert set(frame["reason"].dropna()) <= {"not_in_subset"}
+    return frame[frame["reason"].isna()]
+
+
+def zipf_rows(pictures: int) -> list[dict[str, Any]]:
+    """Three queries a picture, the k-th of 200 queries with a chance of 1/k."""
+    rng = np.random.default_rng(3)
+    chances = 1 / np.arange(1, 201)
+    rows = []
+    for number in range(pictures):
+        for query in rng.choice(200, 3, replace=False, p=chances / chances.sum()):
+            rows.append(row(query=f"query {query}", url=f"http://a.example/{number}"))
+    return rows
+
+
+def test_a_subset_keeps_the_query_distribution() -> None:
+    rows, share = zipf_rows(20_000), 0.1
+    kept = drawn(rows, share)
+    assert abs(kept["url"].nunique() / 20_000 - share) < 4 * math.sqrt(share * (1 - share) / 20_000)
+    assert (kept.groupby("url").size() == 3).all()  # a picture comes with all its rows
+    before = pd.Series([r["query"] for r in rows]).value_counts()
+    after = kept["query"].value_counts().reindex(before.index, fill_value=0)
+    # Draws of independent pictures: each count is binomial, their squared deviations add up to chi-square.
+    chi_square = ((after - share * before) ** 2 / (before * share * (1 - share))).sum()
+    assert chi_square < 200 + 4 * math.sqrt(2 * 200)
+    total_variation = (after / after.sum() - before / before.sum()).abs().sum() / 2
+    assert total_variation < 0.06  # 6,000 rows of 200 queries by chance alone: about 0.05
+    for stratum in np.array_split(before.index, 5):  # frequent queries as well as rare ones
+        n = before[stratum].sum()
+        assert abs(after[stratum].sum() - share * n) < 4 * math.sqrt(n * share * (1 - share))
+
+
+def test_a_smaller_subset_is_part_of_a_larger_one_and_a_seed_draws_others() -> None:
+    rows = zipf_rows(500)
+    small, large = (set(drawn(rows, share)["url"]) for share in (0.2, 0.5))
+    assert small < large
+    assert set(drawn(rows[:600], 0.2)["url"]) == small & {r["url"] for r in rows[:600]}
+    assert set(drawn(rows, 0.2, seed=1)["url"]) != small
+    assert len(drawn(rows, 1.0)) == len(rows)
+
+
+def test_the_subset_is_drawn_from_what_all_other_rules_leave() -> None:
+    rows = [row(url=f"http://a.example/{i}", show=100, click=20 + i) for i in range(40)]
+    whole = judged(rows, best_per_query=10)
+    part = judged(rows, best_per_query=10, subset=Subset(0.5))
+    assert (part["reason"] == "not_among_best").sum() == (whole["reason"] == "not_among_best").sum() == 30
+    assert set(part[part["reason"].isna()]["url"]) < set(whole[whole["reason"].isna()]["url"])
 
 
 def test_the_expression_compiles_for_spark() -> None:

@@ -202,7 +202,8 @@ def test_equal_pictures_become_one_record_with_the_queries_of_all(tmp_path: Path
         ("only a", 40, 4),
         ("only b", 7, 1),
     ]
-    assert records[a]["title"] == "seen most"
+    assert (records[a]["title"], records[a]["other_titles"]) == ("seen most", ["seen less"])
+    assert (records[a]["content"], records[a]["other_contents"]) == ("内容", [])
     assert (records[a]["show"], records[a]["click"]) == (87, 15)
     assert records[d]["queries"] == []
     assert records[d]["title"] == "no query left"
