@@ -225,8 +225,9 @@ def _spark_session(scratch: Path, options: EngineOptions) -> Any:
         builder = builder.config(name, value)
     try:
         return builder.getOrCreate()
-    except Exception as error:  # Py4J's, by class of Java's
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:  # Py4J's: what it called, then ': ' and what Java says
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        first = next((line[2:] for line in lines if line.startswith(": ")), lines[0])
         raise DataError(
             f"engine: spark: no session on {master}: {first}. Check `spark.master` and `spark.conf`. "
             f"{_REMEDY}"
