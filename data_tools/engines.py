@@ -149,7 +149,8 @@ class DuckdbEngine(Engine):
         self.connection.raw_sql("SET partitioned_write_flush_threshold = 16384")
         self.connection.raw_sql(f"SET partitioned_write_max_open_files = {MAX_BUCKETS}")
         self.connection.raw_sql(
-            f"COPY ({sql}) TO '{target}' (FORMAT parquet, COMPRESSION zstd, PARTITION_BY (bucket))"
+            f"COPY ({sql}) TO '{target}' "
+            "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1, PARTITION_BY (bucket))"
         )
 
 
@@ -250,6 +251,11 @@ def _java_bytes(limit: str) -> str:
     return f"{int(size / 2**20)}m"
 
 
-def is_unreadable(error: Exception) -> bool:
-    """Whether DuckDB says that a file's content is at fault (text that is not UTF-8, a damaged page …)."""
-    return isinstance(error, duckdb.InvalidInputException | duckdb.ConversionException)
+def mendable(error: Exception) -> str | None:
+    """What the user can do about an error of DuckDB's, with its first line; None for all others."""
+    first = str(error).partition("\n")[0]
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return f"{first}. Raise `memory_limit`, or set `engine: spark`."
+    if isinstance(error, duckdb.InvalidInputException | duckdb.ConversionException):
+        return f"{first}. Write the log again."  # text that is not UTF-8, a damaged page …
+    return None

@@ -54,10 +54,9 @@ def find_rows(out: Path, rules: FilterRules, text: str) -> list[Row]:
         found = connection.to_pyarrow(log.filter(log[column] == text)).to_pylist()
         if found:
             break
-    ranks = _ranks(
-        connection, log, rules, {row["query"] for row in found if row["reason"] in (None, *_RANKED)}
-    )
-    place = {None: -1, **{reason: i for i, reason in enumerate(REASONS)}}
+    ranked = [row for row in found if row["reason"] in (None, *_RANKED)]
+    ranks = _ranks(connection, log, rules, {r["query"] for r in ranked}, {r["url"] for r in ranked})
+    place: dict[str | None, int] = {None: -1, **{reason: i for i, reason in enumerate(REASONS)}}
     found.sort(key=lambda row: (row["query"], row["url"], place[row["reason"]], -row["show"], -row["click"]))
     kept_show = {
         (r["query"], r["url"]): (r["show"], r["click"]) for r in found if r["reason"] != "repeated_pair"
@@ -71,16 +70,17 @@ def find_rows(out: Path, rules: FilterRules, text: str) -> list[Row]:
 
 
 def _ranks(
-    connection: Backend, log: ir.Table, rules: FilterRules, queries: set[str]
+    connection: Backend, log: ir.Table, rules: FilterRules, queries: set[str], urls: set[str]
 ) -> dict[tuple[str, str], int]:
-    """The place (1: best) of each row of these queries that came as far as the ranking."""
+    """The place (1: best) of each row of these queries and URLs that came as far as the ranking."""
     if rules.best_per_query is None or not queries:
         return {}
     rows = log.filter(log["query"].isin(sorted(queries)))
     ranked = rows.filter(rows.reason.isnull() | rows.reason.isin(_RANKED))
     alone = decide_alone(measure(ranked.drop("ctr", "reason"), replace(rules, subset=None)), rules)
     places = alone.select("query", "url", place=rank_in_query(alone, "url") + 1)
-    return {(r["query"], r["url"]): r["place"] for r in connection.to_pyarrow(places).to_pylist()}
+    wanted = connection.to_pyarrow(places.filter(places.url.isin(sorted(urls)))).to_pylist()
+    return {(row["query"], row["url"]): row["place"] for row in wanted}
 
 
 def _detail(

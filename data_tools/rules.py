@@ -130,13 +130,15 @@ def word_count(text: ir.StringValue) -> ir.IntegerValue:
     as much."""
     text = text.fill_null("")
     apart = f"{CJK}{SPACE}{PUNCTUATION}"
-    characters_alone = ~text.re_search(f"[^{apart}]")
+    characters_alone = ~text.re_search(f"[^{CJK}]")
+    separated_characters = ~text.re_search(f"[^{apart}]")
     spaced_simply = ~text.re_search(f"[{CJK}{_RARE_SPACE}{PUNCTUATION}]|  |^ | $")
     words_as_x = text.re_replace(f"[^{apart}]+", "x").re_replace(f"[{SPACE}{PUNCTUATION}]+", "")
     # The word at the end takes up the separators before it, so that an x a word is all that is left.
     each_as_x = (text + " x").re_replace(f"[{SPACE}{PUNCTUATION}]*(?:[{CJK}]|[^{apart}]+)", "x")
     return ibis.cases(
-        (characters_alone, text.re_replace(f"[{SPACE}{PUNCTUATION}]+", "").length()),
+        (characters_alone, text.length()),
+        (separated_characters, text.re_replace(f"[{SPACE}{PUNCTUATION}]+", "").length()),
         (spaced_simply, text.length() - text.replace(" ", "").length() + 1),
         (text.re_search(f"[{CJK}]"), words_as_x.length()),
         else_=each_as_x.length() - 1,

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from data_tools.click_log import read_click_log
-from data_tools.engines import EngineOptions, is_unreadable, open_engine
+from data_tools.engines import EngineOptions, mendable, open_engine
 from data_tools.errors import DataError, explain_full_disk
 from data_tools.judged_files import ORDER, JudgedFiles
 from data_tools.listed_words import WordLists, read_word_lists
@@ -162,8 +162,8 @@ def _filter(config: Config, job: Job) -> tuple[int, dict[str, int]]:
                     files.write(batch)
                     task.advance(batch.num_rows)
         except Exception as error:
-            if not is_unreadable(error):
+            told = mendable(error)
+            if told is None:
                 raise
-            first = str(error).splitlines()[0]
-            raise DataError(f"{path}: {first}. Write the log again.") from error
+            raise DataError(f"{path}: {told}") from error
     return log.rows, files.counts()

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -142,6 +143,12 @@ def test_an_amount_of_memory_reaches_java(written: str, java: str) -> None:
     assert engines._java_bytes(written) == java
     with pytest.raises(DataError, match="no amount of memory"):
         engines._java_bytes("much")
+
+
+def test_what_duckdb_says_is_told_with_a_remedy() -> None:
+    assert "Raise `memory_limit`" in str(engines.mendable(duckdb.OutOfMemoryException("no more\nstack")))
+    assert engines.mendable(duckdb.ConversionException("no number")) == "no number. Write the log again."
+    assert engines.mendable(duckdb.CatalogException("no such table")) is None  # a bug, and no fault of a file
 
 
 @pytest.mark.slow
