@@ -182,8 +182,9 @@ class SparkEngine(Engine):
     def read_parquet(self, files: Sequence[Path]) -> ir.Table:
         # Spark reads its paths as patterns.
         paths = [re.sub(r"([\\{}\[\]*?])", r"\\\1", str(path)) for path in files]
-        self.session.read.parquet(*paths).createOrReplaceTempView("read_parquet")
-        return self.connection.table("read_parquet")
+        name = ibis.util.gen_name("read_parquet")
+        self.session.read.parquet(*paths).createOrReplaceTempView(name)
+        return self.connection.table(name)
 
     def judged(
         self, table: ir.Table, rows: int, judge: Judge, query: str, order: Sequence[str]

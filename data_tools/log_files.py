@@ -32,11 +32,12 @@ class ClickLogError(DataError):
 
 @dataclass(frozen=True)
 class LogFile:
-    """One file of the log. `parquet` holds its rows in order; it is `path` itself, or made from it."""
+    """One file of the log. `parquet` holds its rows in order; it is `path` itself, or made from it. `types`:
+    of the columns that a click log may have."""
 
     path: Path
     parquet: Path
-    columns: tuple[str, ...]
+    types: dict[str, str]
     rows: int
 
     @property
@@ -80,15 +81,25 @@ def open_log_files(path: Path, scratch: Path) -> list[LogFile]:
             files.append(_look_at_parquet(file))
         else:
             files.append(_parse_text(file, separator, scratch / f"log-{number:05}.parquet"))
-        first = files[0]
-        if set(SIZES) & set(files[-1].columns) != set(SIZES) & set(first.columns):
-            raise ClickLogError(
-                f"{file}: width and height stand in one of this file and {first.path.name} alone. Give "
-                "them to all files of a log, or to none."
-            )
+        _check_alike(files[-1], files[0])
     if not any(file.rows for file in files):
         raise ClickLogError(f"{path}: the click log has zero rows. Write at least one row under the header.")
     return files
+
+
+def _check_alike(file: LogFile, first: LogFile) -> None:
+    """An engine reads all files by the types of one: a double read as a whole number would be rounded."""
+    if file.types.keys() != first.types.keys():
+        raise ClickLogError(
+            f"{file.path}: width and height stand in one of this file and {first.path.name} alone. Give them "
+            "to all files of a log, or to none."
+        )
+    for column, kind in file.types.items():
+        if kind != first.types[column]:
+            raise ClickLogError(
+                f"{file.path}: column '{column}' is of type {kind}, but {first.types[column]} in "
+                f"{first.path.name}. Write all files of a log with the same types."
+            )
 
 
 def _check_columns(path: Path, names: Sequence[str], found: str) -> None:
@@ -118,9 +129,8 @@ def _look_at_parquet(path: Path) -> LogFile:
     except (pa.ArrowInvalid, OSError) as error:
         raise ClickLogError(f"{path}: not a readable Parquet file ({error}). Write it again.") from error
     _check_columns(path, schema.names, f"its columns are {', '.join(schema.names)}")
-    for column in REQUIRED + SIZES:
-        if column not in schema.names:
-            continue
+    types = {}
+    for column in [name for name in REQUIRED + SIZES if name in schema.names]:
         kind = schema.field(column).type
         text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
@@ -132,7 +142,8 @@ def _look_at_parquet(path: Path) -> LogFile:
             raise ClickLogError(
                 f"{path}: column '{column}' is of type {kind}, not a whole number. Write it as int64."
             )
-    return LogFile(path, path, tuple(schema.names), rows)
+        types[column] = "string" if text else str(kind)
+    return LogFile(path, path, types, rows)
 
 
 # ------------------------------------------------------------------------------------------------ text files
@@ -166,7 +177,7 @@ def _parse_text(path: Path, separator: str, parquet: Path) -> LogFile:
         raise _unreadable_text(path, error) from error
     finally:
         connection.disconnect()
-    return LogFile(path, parquet, tuple(known), pq.read_metadata(parquet).num_rows)
+    return LogFile(path, parquet, dict.fromkeys(known, "string"), pq.read_metadata(parquet).num_rows)
 
 
 def _unreadable_text(path: Path, error: duckdb.Error) -> ClickLogError:

@@ -10,7 +10,7 @@ import pytest
 
 from data_tools.what_if import counts_under
 from stages.filter import Config, run
-from tests.data_helpers import make_job, row, write_log
+from tests.data_helpers import make_job, picture, row, write_log
 from tests.pipeline_harness import inline, inline_json, tandem, write_recipe
 
 RECIPE = """
@@ -87,6 +87,22 @@ def test_a_url_is_told_in_all_its_queries(asked: Path) -> None:
     assert "kept by filter" in shown and "1 < min_words 2" in shown
     nothing = inline_json("corpus", "explain", "asked.yaml", "never asked", cwd=asked)
     assert nothing["answers"][0]["rows"] == []
+
+
+@pytest.mark.slow
+def test_a_row_is_followed_through_the_crawl(tmp_path: Path) -> None:
+    write_recipe(tmp_path, RECIPE, "asked.yaml")
+    write_log(tmp_path / "log.csv", [{"width": "", "height": ""} | r for r in ROWS])
+    (tmp_path / "words.txt").write_text("blorptox\n")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "best.webp").write_bytes(picture())
+    tandem("run", "asked.yaml", cwd=tmp_path)
+    answer = inline_json("corpus", "explain", "asked.yaml", "red panda", cwd=tmp_path)["answers"][0]
+    assert answer["asked"] == ["filter", "crawl"] and answer["waiting"] == []
+    fates = {(r["url"].rpartition("/")[2], r["stage"], r["kept"]): r["reason"] for r in answer["rows"]}
+    assert fates["best.webp", "crawl", True] is None
+    assert fates["second.webp", "crawl", False] == "not_found"
+    assert fates["third.webp", "filter", False] == "not_among_best"
 
 
 def test_later_stages_tell_what_they_dropped(tmp_path: Path) -> None:

@@ -93,6 +93,10 @@ def test_text_files_of_a_glob_are_one_log_and_the_bad_line_names_its_file(tmp_pa
     [
         ({}, "no .parquet file in this folder"),
         ({"a.parquet": row(), "b.parquet": row(show="7")}, r"b.parquet: column 'show' is of type string"),
+        (
+            {"a.parquet": row(), "b.parquet": row(show=100.0)},
+            r"b.parquet: column 'show' is of type double, but",
+        ),
         ({"a.parquet": row(), "b.parquet": row(width=1, height=1)}, r"b.parquet: width and height"),
         ({"a.parquet": row(), "b.parquet": row(click=-1)}, r"b.parquet: row 1: column 'click' is negative"),
     ],
@@ -156,22 +160,20 @@ def test_spark_gives_the_same_bytes(tmp_path: Path) -> None:
     """On the demo's log, on a hostile one in parts, and from a text file; bad rows are told alike."""
     pytest.importorskip("pyspark")
     demo_corpus.build(tmp_path / "demo", seed=7, limit=150)
-    write_hostile_log(tmp_path / "log", 2000, seed=4)
+    log = write_hostile_log(tmp_path / "a [log], {of} *stars*", 2000, seed=4)
+    lists = {"zh": Path("words.txt"), "en": Path("latin.txt")}
+    (tmp_path / "latin.txt").write_text("red panda\n'\n", encoding="utf-8")
     hostile_text = [r | {"query": "a\n'b' c", "title": 'x "y" \\n z'} for r in [row()] * 3]
     write_log(tmp_path / "text.csv", hostile_text)
+    few = {"conf": {"spark.sql.shuffle.partitions": "4"}}  # for few rows
     cases = {
         "demo": {"click_log": tmp_path / "demo" / "click_log.csv", "best_per_query": 6},
-        "hostile": {"click_log": Path("log"), **STRICT},
-        "languages": {
-            "click_log": Path("log"),
-            "listed_words": {"en": Path("words.txt")},
-            "best_per_query": None,
-        },
+        "hostile": {"click_log": log, **STRICT, "listed_words": lists},
         "text": {"click_log": Path("text.csv")},
     }
     for name, case in cases.items():
         by_duckdb = filtered(tmp_path, f"{name}-duckdb", **case)
-        assert filtered(tmp_path, f"{name}-spark", engine="spark", **case) == by_duckdb, name
+        assert filtered(tmp_path, f"{name}-spark", engine="spark", spark=few, **case) == by_duckdb, name
     write_log(tmp_path / "text.csv", [*hostile_text, row(click=101)])
     said = []
     for engine in ("duckdb", "spark"):

@@ -19,7 +19,9 @@ RECIPE = """
 name: sparked
 tracking: {uri: "off"}
 stages:
-  filter: {kind: filter, click_log: log, min_show: 1, listed_words: words.txt}
+  filter:
+    {kind: filter, click_log: log, min_show: 1, listed_words: words.txt,
+     spark: {conf: {spark.sql.shuffle.partitions: "4"}}}
 """
 
 
