@@ -97,9 +97,9 @@ def measure(log: ir.Table, rules: FilterRules) -> ir.Table:
     `copy` numbers the rows of one query and URL, the one to keep first (0): the most shows, then clicks, then
     the smaller title and content (and width and height), so that it is the same row in every engine.
     """
-    log = _numbered_copies(log)
     texts = {name: log[name].fill_null("") for name in ("query", "title", "content")}
     columns: dict[str, ir.Value] = {
+        "copy": _copy(log),
         "bad_url": ~log.url.re_search("^[Hh][Tt][Tt][Pp][Ss]?://[^/?#]"),
         **{f"{name}_words": word_count(text) for name, text in texts.items()},
     }
@@ -111,17 +111,11 @@ def measure(log: ir.Table, rules: FilterRules) -> ir.Table:
     return log.mutate(**columns)
 
 
-def _numbered_copies(log: ir.Table) -> ir.Table:
-    """The log with `copy`. Only rows of pairs that stand there twice are sorted: three times as fast."""
-    pair = ["query", "url"]
-    repeated = log.group_by(pair).having(ibis._.count() > 1).agg()
-    rows = log.semi_join(repeated, pair)
-    sizes = [rows[name].asc(nulls_first=False) for name in ("width", "height") if name in rows.columns]
-    texts = [rows[name].asc(nulls_first=False) for name in ("title", "content")]
-    best_first = [rows.show.desc(nulls_first=False), rows.click.desc(nulls_first=False), *texts, *sizes]
-    copy = ibis.row_number().over(ibis.window(group_by=[rows[name] for name in pair], order_by=best_first))
-    single = log.anti_join(repeated, pair).mutate(copy=ibis.literal(0, "int64"))
-    return single.union(rows.mutate(copy=copy.cast("int64")))
+def _copy(log: ir.Table) -> ir.IntegerValue:
+    sizes = [log[name].asc(nulls_first=False) for name in ("width", "height") if name in log.columns]
+    texts = [log[name].asc(nulls_first=False) for name in ("title", "content")]
+    best_first = [log.show.desc(nulls_first=False), log.click.desc(nulls_first=False), *texts, *sizes]
+    return ibis.row_number().over(ibis.window(group_by=[log.query, log.url], order_by=best_first))
 
 
 def word_count(text: ir.StringValue) -> ir.IntegerValue:
@@ -163,9 +157,9 @@ def decide(rows: ir.Table, rules: FilterRules, last: str) -> ir.Table:
     """Measured rows with `ctr` and `reason`. Rows of one query are equal in the column `query`; the column
     `last` orders those of one query, CTR and shows."""
     rows = decide_alone(rows, rules)
-    left = rows.filter(rows.reason.isnull())  # they alone are sorted for their ranks
-    judged = left.mutate(reason=late_reason(left, rules, last))
-    return judged.union(rows.filter(rows.reason.notnull())).drop("score")
+    # Two windows over all rows, not a join or a union of parts: Spark would compute the measures a part.
+    late = ibis.ifelse(rows.reason.isnull(), late_reason(rows, rules, last), rows.reason)
+    return rows.mutate(reason=late).drop("score")
 
 
 def decide_alone(rows: ir.Table, rules: FilterRules) -> ir.Table:
@@ -177,8 +171,8 @@ def decide_alone(rows: ir.Table, rules: FilterRules) -> ir.Table:
 
 
 def late_reason(rows: ir.Table, rules: FilterRules, last: str) -> ir.StringValue:
-    """The reasons that come after all others, of rows that have none so far, and of all such rows of their
-    queries: not_among_best by the rank, not_in_subset by the picture's draw."""
+    """The reasons that come after all others, of rows that have none so far: not_among_best by the rank among
+    those of its query, not_in_subset by the picture's draw."""
     cases: list[tuple[ir.BooleanValue, str]] = []
     if rules.best_per_query is not None:
         cases.append((rank_in_query(rows, last) >= rules.best_per_query, "not_among_best"))
@@ -188,13 +182,14 @@ def late_reason(rows: ir.Table, rules: FilterRules, last: str) -> ir.StringValue
 
 
 def rank_in_query(rows: ir.Table, last: str) -> ir.IntegerValue:
-    """0 for the best row of a query: the highest score, then the most shows, then the smallest `last`."""
+    """0 for the best row of a query among those that have no reason (or among those that have one): the
+    highest score, then the most shows, then the smallest `last`."""
     best_first = [
         rows.score.desc(nulls_first=False),
         rows.show.desc(nulls_first=False),
         rows[last].asc(nulls_first=False),
     ]
-    window = ibis.window(group_by=[rows["query"]], order_by=best_first)
+    window = ibis.window(group_by=[rows["query"], rows.reason.isnull()], order_by=best_first)
     return ibis.row_number().over(window)
 
 
