@@ -106,7 +106,7 @@ def _queries(record: dict[str, Any]) -> Iterator[Chosen]:
 def own_texts(record: dict[str, Any]) -> list[str]:
     """All that is said of a picture, in normal form, sorted: none of it may be its negative."""
     texts = [record.get("title") or "", record.get("content") or ""]
-    for field in ("queries", "captions"):
+    for field in ("other_titles", "other_contents", "queries", "captions"):
         texts += [one["text"] if isinstance(one, dict) else one for one in record.get(field) or []]
     return sorted({normal_form(text) for text in texts if text.strip()})
 

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import shards_command
-from pipeline import corpus_command
+from pipeline import corpus_command, shards_command
 from pipeline.cli_options import (
     ROOT,
     UNCHANGED,

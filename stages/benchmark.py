@@ -348,6 +348,8 @@ def benchmark_record(record: dict[str, Any], row: dict[str, Any], matching: bool
     one_text = {
         "title": "",
         "content": "",
+        "other_titles": [],
+        "other_contents": [],
         "queries": [],
         "captions": [{"text": row["text"], "lang": row["lang"]}],
         "lang": row["lang"],
