@@ -6,8 +6,9 @@ that changed, a picture on several pages), these follow in other_titles and othe
 
 Pictures that are equal byte for byte (sha256) become one record: that of the first URL in sorted order, into
 which the queries of the others are merged (a query's shows and clicks add up), and what importers gave with
-them (given.py). Nothing else of the others is kept, and no query whose URL's labels, or whose source's own
-split, belong to another split: the texts of a held-out concept must not reach the training.
+them (given.py). So do near duplicates, where the clean stage found them: their `same_as` is the sha256 of the
+picture that is kept. Nothing else of the others is kept, and no query whose URL's labels, or whose source's
+own split, belong to another split: the texts of a held-out concept must not reach the training.
 """
 
 from collections.abc import Callable, Iterator
@@ -66,12 +67,18 @@ def read_records(crawl_out: Path, scratch: Path) -> tuple[Iterator[dict[str, Any
     connection = ibis.duckdb.connect()
     pictures = connection.read_parquet(crawl_out / "pictures.parquet")
     pairs = with_given(connection.read_parquet(crawl_out / "pairs.parquet", file_row_number=True))
-    fetched = pictures.filter(pictures.status == "ok")
-    fetched = fetched.mutate(kept_url=fetched.url.min().over(group_by=fetched.sha256))
+    if "same_as" not in pictures.columns:
+        pictures = pictures.mutate(same_as=ibis.null("string"))
+    fetched = pictures.filter((pictures.status == "ok") | pictures.same_as.notnull())
+    fetched = fetched.mutate(shown_=ibis.coalesce(fetched.same_as, fetched.sha256))
+    first = fetched.url.min(where=fetched.status == "ok").over(group_by=fetched.shown_)
+    fetched = fetched.mutate(kept_url=first)
     kept = fetched.filter(fetched.url == fetched.kept_url)
     kept = kept.mutate(key=kept.url.hexdigest("sha256").left(KEY_DIGITS))
     duplicates = (
-        fetched.filter(fetched.url != fetched.kept_url).select("url", "kept_url", "sha256").order_by("url")
+        fetched.filter((fetched.status == "ok") & (fetched.url != fetched.kept_url))
+        .select("url", "kept_url", "sha256")
+        .order_by("url")
     )
     records = (
         kept.left_join(_pages(pairs), "url")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline import leaks
 from pipeline.fingerprint import ABSENT, Identity, identities
 from pipeline.recipe import Recipe
 from pipeline.run_directory import Check, RunDirectory
@@ -70,7 +71,11 @@ class Plan:
 
 
 def make(recipe: Recipe, root: Path) -> Plan:
-    """Look at what is there. Nothing is written (but remembered hashes of big files), nothing is started."""
+    """Look at what is there. Nothing is written (but remembered hashes of big files), nothing is started.
+
+    Raises StageError for a recipe that trains on what it evaluates on, or does not check (see leaks.py).
+    """
+    leaks.check(recipe.source, recipe.head.stages)
     root = root.resolve()
     planned: dict[str, StagePlan] = {}
     for name, identity in identities(recipe, root).items():

@@ -50,7 +50,8 @@ def render(run: RunView) -> str:
 def context(run: RunView) -> dict[str, Any]:
     """Everything that the template names."""
     of_kind = {
-        kind: [stage for stage in run.stages if stage.kind == kind] for kind in ("filter", "crawl", "shard")
+        kind: [stage for stage in run.stages if stage.kind == kind]
+        for kind in ("filter", "crawl", "clean", "shard")
     }
     return {
         "run": run,
@@ -58,7 +59,7 @@ def context(run: RunView) -> dict[str, Any]:
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "derived": DERIVED if run.truth is not None else None,
         "filters": [data.filter_section(run, stage) for stage in of_kind["filter"]],
-        "crawls": [data.crawl_section(stage) for stage in of_kind["crawl"]],
+        "crawls": [data.crawl_section(stage) for kind in ("crawl", "clean") for stage in of_kind[kind]],
         "corpora": [data.corpus_section(stage) for stage in of_kind["shard"]],
         "trainings": [data.training_section(s) for s in run.stages if s.kind in data.TRAINING_KINDS],
         "evaluations": [data.evaluation_section(s) for s in run.stages if s.kind == "evaluate"],

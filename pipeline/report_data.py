@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.charts import Chart, line_chart
 from pipeline.results import RunView, StageRun
+from pipeline.run_directory import RunDirectory
 from stages.base import StageError
 
 TRAINING_KINDS = ("pretrain", "finetune")
@@ -88,6 +89,7 @@ class EvaluationSection:
     stage: StageRun
     rows: list[RecallRow] = field(default_factory=list)
     examples: list[dict[str, Any]] = field(default_factory=list)
+    unchecked: str | None = None  # why the training corpora were not checked against the galleries
 
 
 def filter_section(view: RunView, stage: StageRun) -> FilterSection:
@@ -254,9 +256,10 @@ def evaluation_section(stage: StageRun) -> EvaluationSection:
     ]
     out = stage.directory / "out"
     examples = _json(out / "examples.json")
-    return EvaluationSection(
-        stage, rows, [_with_pictures(out, name, shown) for name, shown in examples.items()]
-    )
+    config = RunDirectory(stage.directory).config() or {}
+    unchecked = (config.get("config") or {}).get("unchecked")
+    shown_ones = [_with_pictures(out, name, shown) for name, shown in examples.items()]
+    return EvaluationSection(stage, rows, shown_ones, unchecked)
 
 
 def _with_pictures(out: Path, name: str, shown: dict[str, Any]) -> dict[str, Any]:

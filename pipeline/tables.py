@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import leaks
 from pipeline.compare import Comparison
 from pipeline.plan import Plan
 from pipeline.progress import duration, number
@@ -56,6 +57,9 @@ def of_plan(plan: Plan) -> Table:
         word, style = ACTIONS[stage.action]
         path = stage.directory.path.relative_to(plan.root / plan.recipe.name)
         table.add_row(_cell(stage.name), Text(word, style=style), _cell(path), _cell(stage.why))
+    unchecked = leaks.notes(plan.recipe.head.stages)
+    if unchecked:
+        table.caption, table.caption_justify = Text("\n".join(unchecked), style="yellow"), "left"
     return table
 
 

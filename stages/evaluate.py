@@ -51,6 +51,11 @@ class Config(StageConfig):
     top_k: int = Field(default=8, ge=1, description="answers shown of each")
     thumbnail_px: int = Field(default=96, ge=16, le=512, description="longer side of a shown picture")
     max_pixels: int = Field(default=50_000_000, ge=1, description="a stored picture with more is refused")
+    unchecked: str | None = Field(
+        default=None,
+        min_length=1,
+        description="why the training corpora are not checked against these galleries; null: they must be",
+    )
 
     cosmetic: ClassVar[frozenset[str]] = frozenset({"data"})
 

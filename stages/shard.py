@@ -1,23 +1,25 @@
 """The shard stage: crawled pictures and their pairs → webdataset shards by split, an index and a manifest."""
 
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from data_tools.decontaminate import DROPPED, note_checked
 from data_tools.errors import DataError, explain_full_disk
-from data_tools.given import given_splits, merge_given
+from data_tools.given import merge_given
+from data_tools.record_splits import RecordSplits
 from data_tools.records import Languages, merge_queries, read_records, record_json
 from data_tools.shard_check import check, find_shards
 from data_tools.shard_files import CorpusError
 from data_tools.shard_plan import PROCESS_WORTH_BYTES, Layout, ShardPlan
 from data_tools.shard_writer import record_bytes
-from data_tools.splits import SplitRule, check_rules, compile_labels, labels_of, split_of
+from data_tools.splits import SplitRule, check_rules, compile_labels, labels_of
 from stages.base import Frozen, Job, Report, StageConfig, StageError, Stopped
+from stages.shard_checks import decontaminate_records
 
 STOPPED = "shard: stopped; run again to start it over"
 
@@ -60,6 +62,55 @@ class LanguagesConfig(Frozen):
     other: str = "en"
 
 
+class HeldOutConfig(Frozen):
+    """A set that is evaluated on: of this corpus, of the input `held_out`, or of a corpus in a directory."""
+
+    name: str | None = Field(
+        default=None, description="in dropped.parquet and the manifest; null: the split's"
+    )
+    split: str | None = Field(default=None, description="null: all of another corpus")
+    role: Literal["held_out"] | None = Field(
+        default=None, description="held_out: the corpus of the shard stage that inputs.held_out names"
+    )
+    corpus: Path | None = Field(
+        default=None, description="a directory with manifest.json, relative to the recipe"
+    )
+    texts: bool = Field(
+        default=True,
+        description="false: its texts may be trained on, as where two splits share them by design",
+    )
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "HeldOutConfig":
+        if self.role is not None and self.corpus is not None:
+            raise ValueError("corpus: inputs.held_out is meant by `role` already; leave one of them out")
+        if self.role is None and self.corpus is None and self.split is None:
+            raise ValueError("split: missing; name a split of this corpus, or give `role` or `corpus`")
+        return self
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a split of the corpus that the stage makes."""
+        return self.role is None and self.corpus is None
+
+    @property
+    def called(self) -> str:
+        return self.name or self.split or ("held_out" if self.role else str(self.corpus))
+
+
+class DecontaminateConfig(Frozen):
+    """What is evaluated on is taken out of what is trained on: pictures and texts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    sources: tuple[str, ...] | None = Field(
+        default=None,
+        alias="from",
+        description="splits that must not hold it; null: all that `against` does not name",
+    )
+    against: tuple[HeldOutConfig, ...] = Field(min_length=1)
+
+
 class Config(StageConfig):
     kind: Literal["shard"] = "shard"
     labels: str | None = Field(
@@ -75,9 +126,11 @@ class Config(StageConfig):
     )
     licence: LicenceConfig = LicenceConfig()
     languages: LanguagesConfig = LanguagesConfig()
+    decontaminate: DecontaminateConfig | None = Field(default=None, description="null: nothing is checked")
 
     cosmetic: ClassVar[frozenset[str]] = frozenset({"check"})
     roles: ClassVar[tuple[str, ...]] = ("pictures",)
+    optional_roles: ClassVar[tuple[str, ...]] = ("held_out",)
     version: ClassVar[int] = 2  # shards of equal size
 
     @field_validator("labels")
@@ -85,6 +138,42 @@ class Config(StageConfig):
     def _is_expression(cls, value: str | None) -> str | None:
         compile_labels(value)
         return value
+
+    @model_validator(mode="after")
+    def _known_splits(self) -> "Config":
+        if self.decontaminate is None:
+            return self
+        names = [split.name for split in self.splits]
+        wanted = [("from", split) for split in self.decontaminate.sources or ()]
+        wanted += [("against", str(one.split)) for one in self.decontaminate.against if one.is_own]
+        for field, split in wanted:
+            if split not in names:
+                raise ValueError(
+                    f"decontaminate.{field}: no split '{split}' here; allowed: {', '.join(names)}"
+                )
+        both = set(self.checked_splits()) & {one.split for one in self.decontaminate.against if one.is_own}
+        if both:
+            raise ValueError(f"decontaminate.from: '{min(both, key=str)}' stands in `against` too")
+        needs_role = any(one.role for one in self.decontaminate.against)
+        if needs_role != ("held_out" in self.inputs):
+            raise ValueError("inputs.held_out: it and `role: held_out` in decontaminate.against go together")
+        return self
+
+    def checked_splits(self) -> tuple[str, ...]:
+        """The splits that decontamination keeps clean."""
+        if self.decontaminate is None:
+            return ()
+        held = {one.split for one in self.decontaminate.against if one.is_own}
+        rest = tuple(split.name for split in self.splits if split.name not in held)
+        return rest if self.decontaminate.sources is None else self.decontaminate.sources
+
+    def files(self) -> dict[str, Path]:
+        against = self.decontaminate.against if self.decontaminate is not None else ()
+        return {
+            f"decontaminate.against.{n}.corpus": one.corpus / "manifest.json"
+            for n, one in enumerate(against)
+            if one.corpus is not None
+        }
 
 
 def run(config: Config, job: Job) -> Report:
@@ -125,22 +214,20 @@ def _write_shards(
         if not (source / name).is_file():
             raise CorpusError(f"{source / name}: missing. Run the crawl stage again.")
     records, count, duplicates = read_records(source, job.directory / "records.tmp")
+    splits = RecordSplits(rules, config.seed, pattern)
+    outcome = None
+    if config.decontaminate is not None:
+        outcome = decontaminate_records(config, job, source, splits)
+        count = outcome.kept
     languages = Languages(config.languages.han, config.languages.other)
-
-    def in_split(key: str, split: str, of_url: dict[str, set[str]], url: str, own: str | None) -> bool:
-        given = of_url.get(url, set()) if own is None else {own}  # without its own a text goes with its URL
-        return split_of(key, labels_of(url, pattern), rules, config.seed, given) == split
-
     left_out = captions_left_out = 0
     plan = ShardPlan(_emptied(job.directory / "plan.tmp"), source, "Run the crawl stage again.")
     with job.progress.task("records", count) as task:
         for number, row in enumerate(records):
             if number % 1000 == 0 and job.should_stop():
                 raise Stopped(STOPPED)
-            found = labels_of(row["url"], pattern)
-            of_url = given_splits(row["given"])
-            split = split_of(row["key"], found, rules, config.seed, set().union(*of_url.values()))
-            belongs = partial(in_split, row["key"], split, of_url)
+            found, split = labels_of(row["url"], pattern), splits.of(row)
+            belongs = splits.belongs(row, split)
             row["queries"], refused = merge_queries(row["queries"], belongs)
             given = merge_given(row["given"], belongs)
             left_out += refused
@@ -155,14 +242,19 @@ def _write_shards(
     if manifest is None:
         raise Stopped(STOPPED)
     dropped = duplicates.append_column("reason", pa.array(["duplicate"] * duplicates.num_rows, pa.string()))
+    leaked = pa.Table.from_pylist(outcome.dropped if outcome else [], DROPPED)
+    dropped = pa.concat_tables([dropped, leaked], promote_options="default")
     pq.write_table(dropped, aside / "dropped.parquet")
     counts = {
-        "pictures": count + duplicates.num_rows,
+        "pictures": count + dropped.num_rows,
         "kept": count,
         "dropped_duplicate": duplicates.num_rows,
         "queries_of_other_splits": left_out,
         "captions_of_other_splits": captions_left_out,
     }
+    if outcome is not None:
+        counts |= outcome.counts()
+        note_checked(aside / "manifest.json", outcome.checked)
     return counts, manifest
 
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from pipeline import array_tasks, logs
+from pipeline import array_tasks, leaks, logs
+from pipeline.recipe import load_head
 from pipeline.recipe_source import nearest
 from pipeline.results import RunView, StageRun, view
 from pipeline.run_directory import RunDirectory
@@ -107,6 +108,8 @@ def submit(request: Request) -> list[Sent]:
     """Send what is missing. Raises StageError for bad input, QueueError with what was sent before."""
     cluster = load(request.cluster)
     run = view(request.recipe, request.root, request.overrides)
+    head, source = load_head(request.recipe, request.overrides)
+    leaks.check(source, head.stages)
     cluster.check_stages({stage.name: stage.distributed for stage in run.stages}, request.cluster)
     chosen = _chosen(run, request.first)
     _check_ranks(chosen, cluster, request.cluster)
