@@ -4,10 +4,10 @@ grows.
     python -m benchmarks.duplicates --data ../shared/data [--sizes 10000 20000 40000] [--processes 2]
 
 The pictures are the photos of Flickr8k and the demo's drawings, 12.4 thousand, and copies of them, each
-changed in one of KINDS and saved again. The limits of data_tools/same_picture.py were chosen on the first
-half of Flickr8k's training photos, and on all drawings: the figures of drawings are not held out. Copies are
-planted of photos that were not looked at (the validation photos, the second half of the training photos) and
-of every second drawing, and the figures of the two are printed apart.
+changed in one of KINDS and saved again. The limits of data_tools/clean/same_picture.py were chosen on the
+first half of Flickr8k's training photos, and on all drawings: the figures of drawings are not held out.
+Copies are planted of photos that were not looked at (the validation photos, the second half of the training
+photos) and of every second drawing, and the figures of the two are printed apart.
 
 A copy is found where it and its original are in one group. A group's member is wrong where it comes from
 another picture than the one that is kept. Drawings that look the same by nature, of which full-size pixels
@@ -32,10 +32,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_tools.fingerprints import fingerprint
-from data_tools.near_duplicates import Pictures, group, matches
+from data_tools.clean.fingerprints import fingerprint
+from data_tools.clean.near_duplicates import Pictures, group, matches
+from data_tools.clean.same_picture import Limits
 from data_tools.pictures import open_picture
-from data_tools.same_picture import Limits
 
 PLANTED_SHARE = 0.38  # of all pictures: 12,400 originals and 7,600 copies are 20,000
 ALIKE = 8.0  # root mean square, levels of RGB

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_tools.click_log import read_click_log
-from data_tools.engines import EngineOptions, open_engine
-from data_tools.listed_words import WordLists, read_listed_words
-from data_tools.rules import FilterRules, judge
+from data_tools.log.click_log import read_click_log
+from data_tools.log.engines import EngineOptions, open_engine
+from data_tools.log.listed_words import WordLists, read_listed_words
+from data_tools.log.rules import FilterRules, judge
 from demo.click_model import ClickModel
 from demo.corpus import COLUMNS, HERE, make_pages, make_rows, read_concepts, read_drawings
 

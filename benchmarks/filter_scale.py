@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.made_log import ROWS_PER_PART, write_log
-from data_tools.rules import CJK, PUNCTUATION, REASONS, SPACE, FilterRules
+from data_tools.log.rules import CJK, PUNCTUATION, REASONS, SPACE, FilterRules
 
 RULES = FilterRules()
 

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import webdataset
 
 from benchmarks.photos import captions, write_photos
-from data_tools.shard_files import DirectoryFiles
 from data_tools.shards import ShardIndex
+from data_tools.shards.files import DirectoryFiles
 from learning.methods.base import Views
 from learning.tokenizer import Tokenizer, train_wordpiece
 from learning.training.augment import ImageTransform

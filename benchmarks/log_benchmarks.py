@@ -23,7 +23,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_tools.benchmark_texts import SETS, near, normal_form, own_texts
+from data_tools.benchmark.texts import SETS, near, normal_form, own_texts
 from data_tools.shards import ShardIndex, ShardWriter
 from stages.benchmark import Config, run
 from tests.data_helpers import make_job

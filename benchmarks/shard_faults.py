@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.shard_check import check, find_shards
-from data_tools.shard_files import CorpusError
-from data_tools.shard_format import BLOCK, padded
-from data_tools.shard_repair import repair
 from data_tools.shards import ShardIndex, ShardWriter
+from data_tools.shards.check import check, find_shards
+from data_tools.shards.files import CorpusError
+from data_tools.shards.format import BLOCK, padded
+from data_tools.shards.repair import repair
 
 DEMO = Path(__file__).parent.parent / "demo" / "corpus"
 Content = dict[str, tuple[bytes, bytes]]  # key: picture and record

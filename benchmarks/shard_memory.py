@@ -14,10 +14,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from data_tools.shard_check import check, find_shards
-from data_tools.shard_plan import Layout, ShardPlan
-from data_tools.shard_repair import repair
-from data_tools.shard_writer import record_bytes
+from data_tools.shards.check import check, find_shards
+from data_tools.shards.plan import Layout, ShardPlan
+from data_tools.shards.repair import repair
+from data_tools.shards.writer import record_bytes
 
 PICTURE_BYTES = 1200
 SHARD_BYTES = 10_000_000

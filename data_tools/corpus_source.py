@@ -5,8 +5,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_tools.remote import is_address
-from data_tools.shard_cache import ShardCache
 from data_tools.shards import ShardIndex
+from data_tools.shards.cache import ShardCache
 
 CORPUS_FIELDS = frozenset({"corpus", "cache_dir", "cache_gb"})  # where it is; what it is, its manifest says
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_tools.explain import Row, dropped_later, find_rows
+from data_tools.log.explain import Row, dropped_later, find_rows
 from pipeline.recipe import load
 from pipeline.results import StageRun, view
 from stages.base import StageError

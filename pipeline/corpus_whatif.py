@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.what_if import counts_under
+from data_tools.log.what_if import counts_under
 from pipeline.fingerprint import identities
 from pipeline.recipe import load, load_head
 from pipeline.run_directory import RunDirectory

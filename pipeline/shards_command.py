@@ -61,7 +61,7 @@ def check(
 
       tandem shards check crawl/00000.tar crawl/00001.tar --decode
     """
-    from data_tools import shard_check
+    from data_tools.shards import check as shard_check
 
     with _mendable():
         corpus = shard_check.find_shards(places, decode)
@@ -105,7 +105,8 @@ def repair(
 
       tandem shards repair runs/demo/shard/4d197e3eb880/out --out rescued
     """
-    from data_tools import shard_check, shard_repair
+    from data_tools.shards import check as shard_check
+    from data_tools.shards import repair as shard_repair
 
     with _mendable():
         corpus = shard_check.find_shards(places, decode)
@@ -142,7 +143,7 @@ def info(
 
     tandem shards info runs/demo/shard/4d197e3eb880/out
     """
-    from data_tools.shard_info import describe
+    from data_tools.shards.info import describe
 
     with _mendable():
         found = describe(corpus, records, seed)
@@ -173,7 +174,8 @@ def view(
 
       tandem shards view runs/demo/shard/4d197e3eb880/out --key 0a1b2c3d4e5f60718293
     """
-    from data_tools import shard_info, shard_sheet
+    from data_tools.shards import info as shard_info
+    from data_tools.shards import sheet as shard_sheet
 
     with _mendable():
         if key is not None and out is None:

@@ -25,10 +25,8 @@ import pyarrow.parquet as pq
 from ibis.backends.duckdb import Backend
 from pydantic import Field, field_validator, model_validator
 
-from data_tools.annotation_sheet import SheetWriter
-from data_tools.annotation_votes import check_votes, write_decisions, write_votes
-from data_tools.benchmark_corrections import CORRECTION_REASONS, finish_pairs, in_splits
-from data_tools.benchmark_pairs import (
+from data_tools.benchmark.corrections import CORRECTION_REASONS, finish_pairs, in_splits
+from data_tools.benchmark.pairs import (
     REASONS,
     SPLITS,
     SplitName,
@@ -39,7 +37,9 @@ from data_tools.benchmark_pairs import (
     write_candidates,
     write_pairs,
 )
-from data_tools.benchmark_texts import SETS, SetName, TextRules
+from data_tools.benchmark.sheet import SheetWriter
+from data_tools.benchmark.texts import SETS, SetName, TextRules
+from data_tools.benchmark.votes import check_votes, write_decisions, write_votes
 from data_tools.errors import DataError, explain_full_disk
 from data_tools.pictures import picture_extension
 from data_tools.shards import ShardIndex, ShardWriter

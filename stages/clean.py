@@ -13,11 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from data_tools.clean import REASONS, TABLE, Crawled, Verdicts, cleaned, judge, read_crawl
-from data_tools.clean_report import Pair, data_url, write_report
-from data_tools.crawl_reuse import link
-from data_tools.errors import DataError, explain_full_disk
-from data_tools.fingerprint_files import (
+from data_tools.clean.crawled import REASONS, TABLE, Crawled, Verdicts, cleaned, judge, read_crawl
+from data_tools.clean.fingerprint_files import (
     FILE,
     FingerprintError,
     Making,
@@ -26,10 +23,13 @@ from data_tools.fingerprint_files import (
     open_fingerprints,
     read_pictures,
 )
-from data_tools.hash_index import steps
-from data_tools.near_duplicates import Groups, group
-from data_tools.open_nsfw import OpenNsfw, find_model
-from data_tools.same_picture import Limits
+from data_tools.clean.hash_index import steps
+from data_tools.clean.near_duplicates import Groups, group
+from data_tools.clean.open_nsfw import OpenNsfw, find_model
+from data_tools.clean.report import Pair, data_url, write_report
+from data_tools.clean.same_picture import Limits
+from data_tools.errors import DataError, explain_full_disk
+from data_tools.web.reuse import link
 from stages.base import Frozen, Job, Report, StageConfig, StageError, Stopped
 
 _STOPPED = "clean: stopped; run again: the fingerprints are kept"

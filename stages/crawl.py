@@ -13,15 +13,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from data_tools.crawl import REASONS, Crawled, CrawlError, CrawlOptions, crawl, require_some
-from data_tools.crawl_reuse import PICTURES
-from data_tools.crawl_shares import ShareError, join, share_of
-from data_tools.crawl_statistics import summary
 from data_tools.errors import DataError, explain_full_disk
-from data_tools.local_site import LocalSite
-from data_tools.opener import Guard, Mirror
 from data_tools.pictures import PictureRules
-from data_tools.politeness import Limits
+from data_tools.web.crawl import REASONS, Crawled, CrawlError, CrawlOptions, crawl, require_some
+from data_tools.web.local_site import LocalSite
+from data_tools.web.opener import Guard, Mirror
+from data_tools.web.politeness import Limits
+from data_tools.web.reuse import PICTURES
+from data_tools.web.shares import ShareError, join, share_of
+from data_tools.web.statistics import summary
 from stages.base import Frozen, Job, Report, SpoiltTasks, StageConfig, StageError, Stopped
 
 logger = logging.getLogger(__name__)

@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from data_tools.click_log import read_click_log
-from data_tools.engines import EngineOptions, mendable, open_engine
 from data_tools.errors import DataError, explain_full_disk
-from data_tools.judged_files import ORDER, JudgedFiles
-from data_tools.listed_words import WordLists, read_word_lists
-from data_tools.rules import FilterRules, Subset, judge
+from data_tools.log.click_log import read_click_log
+from data_tools.log.engines import EngineOptions, mendable, open_engine
+from data_tools.log.judged_files import ORDER, JudgedFiles
+from data_tools.log.listed_words import WordLists, read_word_lists
+from data_tools.log.rules import FilterRules, Subset, judge
 from stages.base import Frozen, Job, Report, StageConfig, StageError, Stopped
 
 

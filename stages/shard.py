@@ -8,15 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from data_tools.decontaminate import DROPPED, note_checked
+from data_tools.clean.decontaminate import DROPPED, note_checked
 from data_tools.errors import DataError, explain_full_disk
 from data_tools.given import merge_given
 from data_tools.record_splits import RecordSplits
 from data_tools.records import Languages, merge_queries, read_records, record_json
-from data_tools.shard_check import check, find_shards
-from data_tools.shard_files import CorpusError
-from data_tools.shard_plan import PROCESS_WORTH_BYTES, Layout, ShardPlan
-from data_tools.shard_writer import record_bytes
+from data_tools.shards.check import check, find_shards
+from data_tools.shards.files import CorpusError
+from data_tools.shards.plan import PROCESS_WORTH_BYTES, Layout, ShardPlan
+from data_tools.shards.writer import record_bytes
 from data_tools.splits import SplitRule, check_rules, compile_labels, labels_of
 from stages.base import Frozen, Job, Report, StageConfig, StageError, Stopped
 from stages.shard_checks import decontaminate_records

@@ -6,11 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_tools.clean import read_crawl
-from data_tools.decontaminate import Outcome, Records, Stop, decontaminate, own_set
-from data_tools.fingerprint_files import FILE, Making, Opened, make, open_fingerprints
-from data_tools.hash_index import steps
-from data_tools.held_out import HeldOut, HeldOutSet, read_corpus
+from data_tools.clean.crawled import read_crawl
+from data_tools.clean.decontaminate import Outcome, Records, Stop, decontaminate, own_set
+from data_tools.clean.fingerprint_files import FILE, Making, Opened, make, open_fingerprints
+from data_tools.clean.hash_index import steps
+from data_tools.clean.held_out import HeldOut, HeldOutSet, read_corpus
 from data_tools.record_splits import RecordSplits
 from data_tools.shards import ShardIndex
 from stages.base import Job, Stopped

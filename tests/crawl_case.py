@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_tools.crawl import SCHEMA
+from data_tools.web.crawl import SCHEMA
 
 DRAWINGS = Path(__file__).parents[1] / "demo" / "corpus"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from data_tools.annotation_csv import COLUMNS, read_sheet
-from data_tools.annotation_sheet import SheetWriter
+from data_tools.benchmark.sheet import SheetWriter
+from data_tools.benchmark.sheet_csv import COLUMNS, read_sheet
 from data_tools.pictures import PictureError
 from data_tools.shards import ShardIndex
 from tests.benchmark_case import drawn, make, pairs_of, write_source

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
-from data_tools.annotation_csv import (
+from data_tools.benchmark.sheet_csv import (
     COLUMNS,
     VERDICTS,
     defused,
@@ -23,7 +23,7 @@ from data_tools.annotation_csv import (
     read_sheet,
     restored,
 )
-from data_tools.annotation_votes import UNDECIDED, Agreement, decide
+from data_tools.benchmark.votes import UNDECIDED, Agreement, decide
 from data_tools.errors import DataError
 from data_tools.shards import ShardIndex
 from stages.base import Report, StageError

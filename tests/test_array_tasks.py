@@ -20,10 +20,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools import crawl_statistics
-from data_tools.crawl import SCHEMA, CrawlOptions
-from data_tools.crawl_reuse import Terms
-from data_tools.crawl_shares import ShareError, join, share_of
+from data_tools.web import statistics as crawl_statistics
+from data_tools.web.crawl import SCHEMA, CrawlOptions
+from data_tools.web.reuse import Terms
+from data_tools.web.shares import ShareError, join, share_of
 from pipeline import array_tasks, logs
 from stages import crawl
 from stages.base import SpoiltTasks, StageError, stage_module, task_directory

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_tools import benchmark_pairs
-from data_tools.benchmark_pairs import deal_texts, related, split_sizes
-from data_tools.benchmark_texts import (
+from data_tools.benchmark import pairs as benchmark_pairs
+from data_tools.benchmark.pairs import deal_texts, related, split_sizes
+from data_tools.benchmark.texts import (
     SETS,
     TextRules,
     choose_text,

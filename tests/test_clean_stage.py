@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
 
-from data_tools import fingerprint_files, open_nsfw
+from data_tools.clean import fingerprint_files, open_nsfw
 from data_tools.shards import ShardIndex
 from stages import clean, shard
 from stages.base import StageError, Stopped
@@ -230,7 +230,7 @@ def test_killed_it_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
     write_crawl(tmp_path / "crawl" / "out", pictures)
     roles = [str(tmp_path / "clean"), f"pictures={tmp_path / 'crawl'}"]
     code = (
-        "import sys; from data_tools import fingerprint_files; fingerprint_files.PIECE = 25; "
+        "import sys; from data_tools.clean import fingerprint_files; fingerprint_files.PIECE = 25; "
         "from tests.stage_process import main; sys.exit(main())"
     )
     stage = subprocess.Popen(

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools.click_log import read_click_log
-from data_tools.engines import EngineOptions, open_engine
-from data_tools.log_files import ClickLogError, check_utf8
+from data_tools.log.click_log import read_click_log
+from data_tools.log.engines import EngineOptions, open_engine
+from data_tools.log.files import ClickLogError, check_utf8
 from tests.data_helpers import COLUMNS, row, write_log
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools.what_if import counts_under
+from data_tools.log.what_if import counts_under
 from stages.filter import Config, run
 from tests.data_helpers import make_job, picture, row, write_log
 from tests.pipeline_harness import inline, inline_json, tandem, write_recipe
@@ -106,7 +106,7 @@ def test_a_row_is_followed_through_the_crawl(tmp_path: Path) -> None:
 
 
 def test_later_stages_tell_what_they_dropped(tmp_path: Path) -> None:
-    from data_tools.explain import dropped_later
+    from data_tools.log.explain import dropped_later
 
     table = pa.table({"url": ["u", "v"], "reason": ["http_404", "duplicate"], "detail": ["gone", None]})
     pq.write_table(table.append_column("kept_url", pa.array([None, "w"])), tmp_path / "dropped.parquet")

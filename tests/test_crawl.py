@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_tools.crawl import REASONS
+from data_tools.web.crawl import REASONS
 from stages.base import StageError, Stopped
 from stages.crawl import Config, run
 from tests.data_helpers import make_job, picture

@@ -8,10 +8,10 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.crawl_plan import NO_LANE, Plan, keep, make_plan
-from data_tools.crawl_reuse import Terms
-from data_tools.opener import host_of
 from data_tools.pictures import PictureRules
+from data_tools.web.opener import host_of
+from data_tools.web.plan import NO_LANE, Plan, keep, make_plan
+from data_tools.web.reuse import Terms
 
 
 def own(url: str) -> bool:

@@ -11,8 +11,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from data_tools.log.rules import count_words
 from data_tools.pictures import PictureError, open_picture
-from data_tools.rules import count_words
 from demo.click_model import ClickModel, Concept, impressions, make_queries
 from demo.corpus import HOST, PAGE_DEFECTS, QUERY_DEFECTS, build, read_concepts
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import engines
-from data_tools.click_log import read_click_log
-from data_tools.engines import DuckdbEngine, EngineOptions, open_engine
 from data_tools.errors import DataError
-from data_tools.log_files import ClickLogError
+from data_tools.log import engines
+from data_tools.log.click_log import read_click_log
+from data_tools.log.engines import DuckdbEngine, EngineOptions, open_engine
+from data_tools.log.files import ClickLogError
 from demo import corpus as demo_corpus
 from stages.base import StageError, Stopped
 from stages.filter import Config, run

@@ -11,9 +11,9 @@ import pytest
 
 from data_tools.corpora.tables import PAIRS
 from data_tools.errors import DataError
-from data_tools.local_site import LocalSite
 from data_tools.shards import ShardIndex
 from data_tools.splits import SplitRule, check_rules, split_of
+from data_tools.web.local_site import LocalSite
 from stages.shard import Config, run
 from tests.data_helpers import make_job, picture
 from tests.test_shards import crawled

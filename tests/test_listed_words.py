@@ -6,7 +6,7 @@ import ibis
 import pytest
 
 from data_tools.errors import DataError
-from data_tools.listed_words import (
+from data_tools.log.listed_words import (
     WordLists,
     first_listed,
     holds_listed,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from data_tools import hash_index
-from data_tools.fingerprints import BYTES_PER_PICTURE, Fingerprint, fingerprint, mirrored
-from data_tools.near_duplicates import Groups, Pictures, group, matches, verify
+from data_tools.clean import hash_index
+from data_tools.clean.fingerprints import BYTES_PER_PICTURE, Fingerprint, fingerprint, mirrored
+from data_tools.clean.near_duplicates import Groups, Pictures, group, matches, verify
+from data_tools.clean.same_picture import Limits
 from data_tools.pictures import open_picture
-from data_tools.same_picture import Limits
 from tests.crawl_case import cropped, drawing, drawings, jpeg, opened
 
 CHANGES: dict[str, Callable[[Image.Image], bytes]] = {

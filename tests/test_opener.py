@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import connect
-from data_tools.connect import FetchError, is_public
-from data_tools.local_site import LocalSite
-from data_tools.opener import Guard, Mirror, Opener, Redirected, url_problem
+from data_tools.web import connect
+from data_tools.web.connect import FetchError, is_public
+from data_tools.web.local_site import LocalSite
+from data_tools.web.opener import Guard, Mirror, Opener, Redirected, url_problem
 from tests.data_helpers import picture
 from tests.hostile_site import HostileSite
 

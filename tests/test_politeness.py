@@ -2,10 +2,10 @@
 
 import pytest
 
-from data_tools.connect import FetchError
-from data_tools.opener import Answer, Redirected
-from data_tools.politeness import MAX_BACKOFF_S, Item, Limits, Schedule, pause_s
-from data_tools.robots import Robots
+from data_tools.web.connect import FetchError
+from data_tools.web.opener import Answer, Redirected
+from data_tools.web.politeness import MAX_BACKOFF_S, Item, Limits, Schedule, pause_s
+from data_tools.web.robots import Robots
 
 BUSY = FetchError("http_error", "HTTP Error 503: ", temporary=True)
 

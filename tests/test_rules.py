@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.listed_words import WordLists
-from data_tools.rules import REASONS, FilterRules, Subset, count_words, exactly, judge, word_count
+from data_tools.log.listed_words import WordLists
+from data_tools.log.rules import REASONS, FilterRules, Subset, count_words, exactly, judge, word_count
 from tests.data_helpers import row
 
 SIZES: dict[str, Any] = {"width": 200, "height": 200}

@@ -13,12 +13,13 @@ from typing import Any
 import fsspec
 import pytest
 
-from data_tools import remote, shard_cache
+from data_tools import remote
 from data_tools.errors import DiskFullError
 from data_tools.remote import Patience
-from data_tools.shard_cache import ShardCache
-from data_tools.shard_files import CorpusError
 from data_tools.shards import ShardIndex
+from data_tools.shards import cache as shard_cache
+from data_tools.shards.cache import ShardCache
+from data_tools.shards.files import CorpusError
 from tests.range_server import RangeServer, serving
 from tests.training_case import write_corpus
 

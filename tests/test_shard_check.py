@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import shard_check
-from data_tools.shard_check import CheckReport, as_json, check, find_shards
-from data_tools.shard_files import CorpusError
-from data_tools.shard_findings import safe_name, split_name
+from data_tools.shards import check as shard_check
+from data_tools.shards.check import CheckReport, as_json, check, find_shards
+from data_tools.shards.files import CorpusError
+from data_tools.shards.findings import safe_name, split_name
 from tests.shard_case import change, image, pair, record, rows, tar_of, write_corpus
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.shard_faults import FAULTS, build_corpus, run_all
-from data_tools.shard_check import check, find_shards
-from data_tools.shard_files import CorpusError
-from data_tools.shard_repair import repair
+from data_tools.shards.check import check, find_shards
+from data_tools.shards.files import CorpusError
+from data_tools.shards.repair import repair
 from tests.shard_case import contents, pair, tar_of, write_corpus
 
 

@@ -18,13 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools import shard_check, shard_plan
 from data_tools.errors import is_disk_full
-from data_tools.shard_files import CorpusError
-from data_tools.shard_plan import Layout, ShardPlan, equal_cuts
-from data_tools.shard_writer import record_bytes
 from data_tools.shards import ShardIndex
-from data_tools.side_by_side import WorkerLost
+from data_tools.shards import check as shard_check
+from data_tools.shards import plan as shard_plan
+from data_tools.shards.files import CorpusError
+from data_tools.shards.plan import Layout, ShardPlan, equal_cuts
+from data_tools.shards.side_by_side import WorkerLost
+from data_tools.shards.writer import record_bytes
 from stages import shard
 from stages.base import StageError, Stopped
 from stages.shard import Config, run
@@ -106,7 +107,7 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path: Path) -> None:
 KILLED = """
 import multiprocessing, os, signal, sys
 from pathlib import Path
-from data_tools import shard_plan
+from data_tools.shards import plan as shard_plan
 from tests.test_shard_plan import planned, write
 
 if __name__ == "__main__":

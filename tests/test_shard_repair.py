@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.errors import DiskFullError
-from data_tools.shard_check import check, find_shards
-from data_tools.shard_files import CorpusError
-from data_tools.shard_info import describe
-from data_tools.shard_repair import RepairReport, repair
 from data_tools.shards import ShardIndex, ShardWriter
+from data_tools.shards.check import check, find_shards
+from data_tools.shards.files import CorpusError
+from data_tools.shards.info import describe
+from data_tools.shards.repair import RepairReport, repair
 from tests.data_helpers import picture
 from tests.shard_case import Content, change, contents, files, image, pair, record, rows, tar_of, write_corpus
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.shard_files import CorpusError
-from data_tools.shard_info import describe, drawn, one_sample
-from data_tools.shard_sheet import write_sample, write_sheet
 from data_tools.shards import ShardWriter
+from data_tools.shards.files import CorpusError
+from data_tools.shards.info import describe, drawn, one_sample
+from data_tools.shards.sheet import write_sample, write_sheet
 from tests.shard_case import change, image, record, rows, write_corpus
 
 HOSTILE = [
@@ -58,7 +58,7 @@ class Page(HTMLParser):
 
 def hostile_corpus(out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Its records are in ASCII, as other writers have them: half of a surrogate pair is valid JSON so."""
-    monkeypatch.setattr("data_tools.shard_writer.record_bytes", lambda record: json.dumps(record).encode())
+    monkeypatch.setattr("data_tools.shards.writer.record_bytes", lambda record: json.dumps(record).encode())
     out.mkdir()
     writer = ShardWriter(out, 1 << 20, ["train"], [])
     for number, text in enumerate(HOSTILE):

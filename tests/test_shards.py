@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import shard_files
-from data_tools.crawl import SCHEMA
 from data_tools.records import Languages
-from data_tools.shard_files import CorpusError
 from data_tools.shards import ShardIndex, ShardWriter
+from data_tools.shards import files as shard_files
+from data_tools.shards.files import CorpusError
+from data_tools.web.crawl import SCHEMA
 from stages.base import StageError, Stopped
 from stages.shard import Config, run
 from tests.data_helpers import make_job, picture

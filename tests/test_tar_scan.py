@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from data_tools import tar_scan
-from data_tools.shard_format import BLOCK, padded
-from data_tools.tar_scan import Member, TarFile, Walk, scan
+from data_tools.shards import tar_scan
+from data_tools.shards.format import BLOCK, padded
+from data_tools.shards.tar_scan import Member, TarFile, Walk, scan
 from tests.shard_case import tar_of
 
 MEMBERS = [

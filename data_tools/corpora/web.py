@@ -15,6 +15,8 @@ from data_tools.corpora.json_stream import entries
 from data_tools.corpora.source import BadLines, Dropped, Row, Source, member, open_file, web_lines
 from data_tools.errors import DataError
 
+_LARGEST_FIELD = 1 << 17  # characters: no text of these lists is as long
+
 
 def cc3m(source: Source) -> Iterator[Row | Dropped]:
     """Train_GCC-training.tsv, Validation_GCC-1.1.0-Validation.tsv: caption, tab, URL; no header, no
@@ -133,13 +135,14 @@ def csv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
 
     Bytes that are not UTF-8 come as lone surrogates: ask `is_utf8`. DataError for a quote without its end.
     """
+    csv.field_size_limit(_LARGEST_FIELD)  # of the process: other readers may have set theirs
     with open_file(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as file:
         reader = csv.reader(file)
         try:
             for fields in reader:
                 if fields:
                     yield reader.line_num, fields
-        except csv.Error as error:  # a field of more than csv's limit of 128 KiB
+        except csv.Error as error:  # a field of more than _LARGEST_FIELD
             raise DataError(
                 f"{path}: line {reader.line_num}: {error}: a quote without its end? Fetch the file again."
             ) from error

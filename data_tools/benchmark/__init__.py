@@ -1,0 +1,1 @@
+"""Benchmarks made from a log (ICM, IQM, ICR, IQR), and the sheets on which people correct them."""

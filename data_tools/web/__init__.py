@@ -1,0 +1,1 @@
+"""The crawl: pictures fetched from the web, politely and safely."""
