@@ -32,12 +32,13 @@ from tests.slurm_desk import rank_pid
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "demo.yaml"
-STAGES = ("filter", "crawl", "shard", "pretrain_1", "pretrain_2", "finetune", "evaluate")
+STAGES = ("filter", "crawl", "clean", "shard", "pretrain_1", "pretrain_2", "finetune", "evaluate")
 SHORT = (
     "model.vision.image_px=96",
     "stages.shard.splits=[{name: unseen_concept, by: concept, share: 0.7}, "
     "{name: unseen_vendor, by: vendor, values: [noto]}, {name: val, share: 0.04}, {name: train}]",
     "stages.evaluate.galleries=[{name: val, split: val, texts: [title], relevance: concept}]",
+    "stages.evaluate.unchecked=a small gallery, to be quick: its figures are nobody's",
     "stages.pretrain_1.epochs=8",
     "stages.pretrain_1.checkpoint.every_steps=5",
     "stages.pretrain_1.log_every_steps=1",
