@@ -97,6 +97,13 @@ def _problem(
     split = str((stages[trained].get("data") or {}).get("split", "train"))
     if own == held and split == gallery.get("split"):
         return f"'{trained}' trains on it; evaluate on another split"
+    if own == held and _is_benchmark(stages, own):
+        return None  # that stage lets no picture and no text into two of its splits
+    own, split = _made_of(stages, own, split)
+    held, held_split = _made_of(stages, held, str(gallery.get("split")))
+    gallery = {**gallery, "split": held_split}
+    if own == held and split == held_split:
+        return f"'{trained}' trains on what was made of the same split, whose texts may stand in both"
     of = f"what '{trained}' trains on (split '{split}' of {own})"
     if own.stage is None:
         checked = _manifest_checked(str(own.place))
@@ -109,6 +116,18 @@ def _problem(
     if _stage_names(making, own, held, gallery, split, source):
         return None
     return f"{of} is not checked against it: {_remedy(own, held, gallery)}"
+
+
+def _is_benchmark(stages: Mapping[str, Values], corpus: _Corpus) -> bool:
+    return corpus.stage in stages and stages[str(corpus.stage)].get("kind") == "benchmark"
+
+
+def _made_of(stages: Mapping[str, Values], corpus: _Corpus, split: str) -> tuple[_Corpus, str]:
+    """Whose samples a split's are: those of a benchmark stage are of the split that it was made from."""
+    if not _is_benchmark(stages, corpus):
+        return corpus, split
+    values = stages[str(corpus.stage)]
+    return _Corpus((values.get("inputs") or {}).get("corpus"), None), str(values.get("split"))
 
 
 def _stage_names(

@@ -164,3 +164,42 @@ def test_the_report_shows_the_reason(tmp_path: Path, why: str | None) -> None:
     page = report.render(RunView("r", tmp_path / "r.yaml", tmp_path / "runs", [stage], None))
     assert ("Not checked for leaks." in page) is (why is not None)
     assert why is None or "the paper did not &lt;b&gt;check&lt;/b&gt;" in page
+
+
+BENCHMARK = """
+name: from_log
+tracking: {uri: "off"}
+stages:
+  filter: {kind: filter, click_log: log.csv}
+  crawl: {kind: crawl, inputs: {pairs: filter}}
+  shard:
+    kind: shard
+    inputs: {pictures: crawl}
+    splits: [{name: held, share: 0.1}, {name: train}]
+    decontaminate: {against: [{split: held}]}
+  icr: {kind: benchmark, inputs: {corpus: shard}, set: icr, split: held}
+  iqr: {kind: benchmark, inputs: {corpus: shard}, set: iqr, split: held}
+  pretrain:
+    kind: pretrain
+    inputs: {corpus: shard}
+  finetune:
+    kind: finetune
+    inputs: {corpus: icr, weights: pretrain}
+  evaluate:
+    kind: evaluate
+    inputs: {corpus: icr, weights: finetune}
+    galleries:
+      - {name: icr, split: test}
+"""
+
+
+def test_a_benchmark_is_of_the_split_that_it_was_made_from(tmp_path: Path) -> None:
+    assert problems(tmp_path, text=BENCHMARK) == ""
+    unchecked = problems(tmp_path, "stages.shard.decontaminate=null", text=BENCHMARK)
+    assert "what 'pretrain' trains on (split 'train' of stage 'shard') is not checked" in unchecked
+    assert "against: [{split: held}]" in unchecked
+    own = problems(tmp_path, "stages.finetune.data.split=test", text=BENCHMARK)
+    assert "'finetune' trains on it" in own
+    other = problems(tmp_path, "stages.evaluate.inputs.corpus=iqr", text=BENCHMARK)
+    assert "'finetune' trains on what was made of the same split" in other
+    assert "pretrain" not in other
