@@ -23,8 +23,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_tools.benchmark.texts import SETS, near, normal_form, own_texts
+from data_tools.benchmark.texts import SETS, near, own_texts
 from data_tools.shards import ShardIndex, ShardWriter
+from data_tools.text_forms import same_form
 from stages.benchmark import Config, run
 from tests.data_helpers import make_job
 
@@ -93,7 +94,7 @@ def true_negatives(corpus: Path, directory: Path) -> tuple[int, int]:
     pairs = pq.read_table(directory / "out" / "pairs.parquet").to_pylist()
     negatives = [pair for pair in pairs if pair["label"] == 0]
     wrong = sum(
-        any(near(normal_form(pair["text"]), own) for own in own_texts(index.record(place[pair["key"]])))
+        any(near(same_form(pair["text"]), own) for own in own_texts(index.record(place[pair["key"]])))
         for pair in negatives
     )
     return len(negatives), wrong

@@ -10,6 +10,13 @@ def die_with_parent() -> None:
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
+def stop_if_orphan() -> None:
+    """End this process if the one that started it is gone."""
+    parent = parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)
+
+
 def _wait_for_parent() -> None:
     parent = parent_process()
     if parent is not None:

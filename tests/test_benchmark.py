@@ -23,13 +23,13 @@ from data_tools.benchmark.texts import (
     TextRules,
     choose_text,
     near,
-    normal_form,
     own_texts,
     set_of,
 )
 from data_tools.corpus_source import CorpusSource
 from data_tools.errors import DataError
 from data_tools.shards import ShardIndex, ShardWriter
+from data_tools.text_forms import same_form
 from learning.evaluation.gallery import gallery_of, texts_of
 from stages import evaluate
 from stages.base import StageError, Stopped
@@ -92,7 +92,7 @@ def test_a_text_is_its_owners_and_no_negative_is_true(
         else:
             assert row["text"] == (owner["content"] or owner["title"])
         said = own_texts(records[row["key"]])
-        assert any(near(normal_form(row["text"]), text) for text in said) == (row["label"] == 1)
+        assert any(near(same_form(row["text"]), text) for text in said) == (row["label"] == 1)
 
 
 def test_queries_are_drawn_among_all_of_a_picture(
@@ -392,12 +392,12 @@ def test_dealt_texts_are_a_permutation_without_a_true_pair(texts: list[list[int]
     ],
 )
 def test_near_texts(one: str, other: str, same: bool) -> None:
-    assert near(normal_form(one), normal_form(other)) == near(normal_form(other), normal_form(one)) == same
+    assert near(same_form(one), same_form(other)) == near(same_form(other), same_form(one)) == same
 
 
 @given(st.text(), st.text())
 def test_near_is_symmetric_and_every_text_is_near_to_itself(one: str, other: str) -> None:
-    a, b = normal_form(one), normal_form(other)
+    a, b = same_form(one), same_form(other)
     assert near(a, b) == near(b, a)
     assert near(a, a)
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 
-from data_tools.clean.text_forms import same_form, text_key
 from data_tools.shards import ShardIndex
+from data_tools.text_forms import same_form, text_key
 from stages import clean, shard
 from stages.base import StageError, Stopped
 from tests.crawl_case import cropped, drawing, jpeg, pair, write_crawl

@@ -15,6 +15,7 @@ from data_tools.log import engines
 from data_tools.log.click_log import read_click_log
 from data_tools.log.engines import DuckdbEngine, EngineOptions, open_engine
 from data_tools.log.files import ClickLogError
+from data_tools.spark import java_bytes
 from demo import corpus as demo_corpus
 from stages.base import StageError, Stopped
 from stages.filter import Config, run
@@ -138,15 +139,15 @@ def test_a_missing_java_is_named_with_its_remedy(tmp_path: Path, monkeypatch: py
     with pytest.raises(StageError, match=r"no java on PATH.*engine: duckdb"):
         filtered(tmp_path, "x", click_log=Path("log.csv"), engine="spark")
     monkeypatch.setitem(sys.modules, "pyspark.sql", None)
-    with pytest.raises(StageError, match=r"engine: spark: .*pyspark.*extra `spark`"):
+    with pytest.raises(StageError, match=r"Spark: .*pyspark.*extra `spark`"):
         filtered(tmp_path, "x", click_log=Path("log.csv"), engine="spark")
 
 
 @pytest.mark.parametrize(("written", "java"), [("8GB", "7629m"), ("7.5 GiB", "7680m"), ("512MB", "488m")])
 def test_an_amount_of_memory_reaches_java(written: str, java: str) -> None:
-    assert engines._java_bytes(written) == java
+    assert java_bytes(written) == java
     with pytest.raises(DataError, match="no amount of memory"):
-        engines._java_bytes("much")
+        java_bytes("much")
 
 
 def test_what_duckdb_says_is_told_with_a_remedy() -> None:

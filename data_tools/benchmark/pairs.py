@@ -6,7 +6,7 @@ have their own text, and the other half have each other's, within their split. A
 alone, tells nothing of the label. The paper does not say where its negatives come from; these are drawn at
 random, and annotators may turn a pair over.
 
-No text in two splits: of pictures with the same text (see `normal_form`) or the same bytes, one is taken.
+No text in two splits: of pictures with the same text (see text_forms.py) or the same bytes, one is taken.
 
 What depends on what: every draw is a seeded hash of a key, so neither the shards of the corpus nor their
 order matter. Memory: DuckDB sorts out of core; a block of negatives is about `BLOCK` pictures with their
@@ -26,10 +26,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis.backends.duckdb import Backend
 
-from data_tools.benchmark.texts import TextRules, choose_text, near, normal_form, own_texts, set_of
+from data_tools.benchmark.texts import TextRules, choose_text, near, own_texts, set_of
 from data_tools.errors import DataError
 from data_tools.shards import ShardIndex
 from data_tools.splits import unit_hash
+from data_tools.text_forms import same_form
 
 SplitName = Literal["train", "val", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
@@ -130,7 +131,7 @@ def write_candidates(
                 "sha256": record["sha256"],
                 "text": chosen.text,
                 "lang": chosen.lang,
-                "same": normal_form(chosen.text),
+                "same": same_form(chosen.text),
                 "click": chosen.click,
                 "draw": unit_hash(rules.seed, name, key),
                 "own": own_texts(record),

@@ -45,7 +45,10 @@ class SheetWriter:
         self._listed: dict[str, list[int]] = {split: [] for split in counts}
         self._number = 0
         self._templates = Environment(
-            loader=PackageLoader("data_tools"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+            loader=PackageLoader("data_tools.benchmark"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
         )
         self._style, self._style_sha256 = self._part("sheet.css")
         self._script, self._script_sha256 = self._part("sheet.js")

@@ -7,13 +7,13 @@ the title where there is no usable content. IQM and IQR "randomly select queries
 performing the cleaning": a query is drawn among the picture's own.
 """
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_tools.log.rules import count_words
 from data_tools.splits import unit_hash
+from data_tools.text_forms import same_form
 
 SetName = Literal["icm", "iqm", "icr", "iqr"]
 _BYTES_WITHIN = 6  # least UTF-8 length of a text that is near to those that hold it: two Han characters
@@ -104,25 +104,15 @@ def _queries(record: dict[str, Any]) -> Iterator[Chosen]:
 
 
 def own_texts(record: dict[str, Any]) -> list[str]:
-    """All that is said of a picture, in normal form, sorted: none of it may be its negative."""
+    """All that is said of a picture, in one form (text_forms.py), sorted: none of it may be its negative."""
     texts = [record.get("title") or "", record.get("content") or ""]
     for field in ("other_titles", "other_contents", "queries", "captions"):
         texts += [one["text"] if isinstance(one, dict) else one for one in record.get(field) or []]
-    return sorted({normal_form(text) for text in texts if text.strip()})
-
-
-def normal_form(text: str) -> str:
-    """A text without what makes no other text of it: width, case, blanks, punctuation.
-
-    A text of nothing else (say emoji) keeps all but its blanks.
-    """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = "".join(c for c in folded if c.isalnum() or unicodedata.category(c)[0] == "M")
-    return kept or "".join(folded.split())
+    return sorted({same_form(text) for text in texts if text.strip()})
 
 
 def near(one: str, other: str) -> bool:
-    """Whether two normal forms say about the same: equal, one within the other, or half of their pairs of
+    """Whether two forms say about the same: equal, one within the other, or half of their pairs of
     characters in common."""
     short, long = sorted((one, other), key=len)
     if short == long:

@@ -20,9 +20,9 @@ from ibis.backends.duckdb import Backend
 
 from data_tools.benchmark.pairs import read_rows, write_rows
 from data_tools.benchmark.sheet_csv import VERDICTS, SheetLine, read_sheet
-from data_tools.benchmark.texts import normal_form
 from data_tools.errors import DataError
 from data_tools.log.rules import count_words
+from data_tools.text_forms import same_form
 
 UNDECIDED = "undecided"
 _VOTES = pa.schema(
@@ -122,7 +122,7 @@ def write_decisions(connection: Backend, votes: Path, scratch: Path, path: Path)
                 "id": identity,
                 "verdict": verdict,
                 "corrected_text": text,
-                "corrected_same": None if text is None else normal_form(text),
+                "corrected_same": None if text is None else same_form(text),
                 "votes": len(rows),
             }
 

@@ -26,9 +26,9 @@ from data_tools.clean.fingerprint_files import FingerprintError, Opened
 from data_tools.clean.held_out import HeldOut, HeldOutSet, add_texts, texts_of
 from data_tools.clean.near_duplicates import Pictures, matches
 from data_tools.clean.same_picture import Limits
-from data_tools.clean.text_forms import text_key
 from data_tools.given import merge_given
 from data_tools.record_splits import COLUMNS, RecordSplits
+from data_tools.text_forms import text_key
 
 REASONS = {
     "leaked_picture": "the picture is one of a set that is evaluated on, or a near duplicate of one",

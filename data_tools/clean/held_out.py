@@ -11,9 +11,9 @@ import pyarrow as pa
 from data_tools.clean.fingerprint_files import FingerprintError, open_fingerprints, row, write_rows
 from data_tools.clean.fingerprints import fingerprint
 from data_tools.clean.near_duplicates import Pictures
-from data_tools.clean.text_forms import text_key
 from data_tools.pictures import PictureError, open_picture
 from data_tools.shards import ShardIndex
+from data_tools.text_forms import text_key
 
 
 @dataclass(frozen=True)

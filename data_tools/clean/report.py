@@ -43,7 +43,7 @@ def write_report(
 ) -> None:
     """Write the page, by rename. `sensitive`: URLs and what to say of each."""
     environment = Environment(
-        loader=PackageLoader("data_tools"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("data_tools.clean"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     page = environment.get_template("clean.html.j2").render(
         counts=[(name.replace("_", " "), n) for name, n in counts.items()],

@@ -7,7 +7,6 @@ and the time a row do not grow with the log, and what is spilled is the log's ow
 the same by its own shuffle.
 """
 
-import os
 import re
 import shutil
 from abc import ABC, abstractmethod
@@ -23,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis.backends import BaseBackend
 
-from data_tools.errors import DataError
+from data_tools.spark import spark_session
 
 BATCH_ROWS = 100_000
 BUCKET_ROWS = 2_000_000  # judged and sorted in about 1 GB
@@ -173,7 +172,15 @@ class SparkEngine(Engine):
     """Spark: in this process's machine (`local[n]`), or on the cluster of `spark_master`."""
 
     def _open(self) -> None:
-        self.session = _spark_session(self.scratch, self.options)
+        options = self.options
+        self.session = spark_session(
+            "tandem",
+            options.threads,
+            self.scratch,
+            master=options.spark_master,
+            memory_limit=options.memory_limit,
+            conf=options.spark_conf,
+        )
         self.connection = ibis.pyspark.connect(self.session)
 
     def _close(self) -> None:
@@ -196,60 +203,6 @@ class SparkEngine(Engine):
             with pq.ParquetFile(part) as file:
                 yield from file.iter_batches(BATCH_ROWS)
             part.unlink()
-
-
-def _spark_session(scratch: Path, options: EngineOptions) -> Any:
-    try:
-        from pyspark.sql import SparkSession
-    except ImportError as error:
-        raise DataError(f"engine: spark: {error}. {_REMEDY}") from error
-    home = os.environ.get("JAVA_HOME")
-    if shutil.which(f"{home}/bin/java" if home else "java") is None:
-        where = f"JAVA_HOME={home} has no bin/java" if home else "there is no java on PATH"
-        raise DataError(f"engine: spark: {where}. {_REMEDY}")
-    master = options.spark_master or os.environ.get("SPARK_MASTER") or f"local[{options.threads}]"
-    settings = {
-        "spark.ui.enabled": "false",
-        "spark.ui.showConsoleProgress": "false",  # it would write over the stage's own progress
-        "spark.log.level": "ERROR",
-        "spark.local.dir": str(scratch / "spark"),
-        "spark.sql.warehouse.dir": str(scratch / "warehouse"),
-        "spark.sql.session.timeZone": "UTC",
-        "spark.sql.ansi.enabled": "true",  # an overflow or a bad cast is an error, as it is in DuckDB
-        "spark.sql.execution.arrow.pyspark.enabled": "true",
-    }
-    if master.startswith("local"):
-        settings |= {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
-        if options.memory_limit is not None:
-            settings["spark.driver.memory"] = _java_bytes(options.memory_limit)
-    builder = SparkSession.builder.appName("tandem").master(master)
-    for name, value in (settings | dict(options.spark_conf)).items():
-        builder = builder.config(name, value)
-    try:
-        return builder.getOrCreate()
-    except Exception as error:  # Py4J's: what it called, then ': ' and what Java says
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        first = next((line[2:] for line in lines if line.startswith(": ")), lines[0])
-        raise DataError(
-            f"engine: spark: no session on {master}: {first}. Check `spark.master` and `spark.conf`. "
-            f"{_REMEDY}"
-        ) from error
-
-
-_REMEDY = (
-    "Install the extra `spark` (pip install 'tandem[spark]') and a Java runtime, 17 or 21, or set "
-    "`engine: duckdb`."
-)
-
-
-def _java_bytes(limit: str) -> str:
-    """'8GB' or '7.5 GiB' as Java's megabytes, '7629m'."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT])(i?)B?\s*", limit, re.IGNORECASE)
-    if found is None:
-        raise DataError(f"memory_limit: '{limit}' is no amount of memory; write it as 8GB or 7.5GiB")
-    base = 1024 if found[3] else 1000
-    size = float(found[1]) * base ** (" KMGT".index(found[2].upper()))
-    return f"{int(size / 2**20)}m"
 
 
 def mendable(error: Exception) -> str | None:

@@ -1,16 +1,15 @@
 """The same function over many tasks in worker processes that start fresh and never outlive their parent."""
 
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from data_tools.errors import DataError
+from data_tools.workers import die_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -59,11 +58,4 @@ def _begin_worker() -> None:
     """Leave stop signals, which come to a whole group, to the parent, and end with it whatever ends it."""
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-    os._exit(1)
+    die_with_parent()

@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from functools import partial
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from data_tools.web.pieces import DIGITS, size_problem
 from data_tools.web.politeness import Item, Schedule, pause_s
 from data_tools.web.robots import Robots
 from data_tools.web.settings import FetchSettings
+from data_tools.workers import stop_if_orphan
 
 DIRECTIVES = {"noai", "noimageai", "noindex", "noimageindex"}  # of X-Robots-Tag, that forbid such use
 MAX_REDIRECTS = 5
@@ -313,10 +313,3 @@ def _forbidden(headers: Message, token: str) -> str | None:
     if is_disallowed(headers, token, DIRECTIVES):
         return f"X-Robots-Tag: {', '.join(headers.get_all('X-Robots-Tag', []))}"[:200]
     return None
-
-
-def stop_if_orphan() -> None:
-    """End this process if the one that started it is gone."""
-    parent = parent_process()
-    if parent is not None and not parent.is_alive():
-        os._exit(1)

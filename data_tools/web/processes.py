@@ -7,20 +7,19 @@ decoding two processes ended gets the status `stuck`.
 
 import logging
 import multiprocessing
-import os
-import threading
 import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from multiprocessing import connection, parent_process
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 from data_tools.errors import DataError
 from data_tools.web.plan import NO_LANE
 from data_tools.web.settings import FetchSettings
+from data_tools.workers import die_with_parent
 
 AT_ONCE = 4  # pieces that a process has under way: while a slow host holds one up, others go on
 MOST_LOSSES = 3  # processes in a row that end before any piece is done
@@ -159,7 +158,7 @@ class Workers:
 
 def _main(pipe: Any, settings: FetchSettings, beat: Any, looking: Any) -> None:
     """A worker process: take pieces from the pipe, tell the pipe which are done."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    die_with_parent()
     from data_tools.web.fetch import Fetcher  # img2dataset takes seconds to import: in the workers alone
 
     def note(piece: int, key: int) -> None:
@@ -183,10 +182,3 @@ def _main(pipe: Any, settings: FetchSettings, beat: Any, looking: Any) -> None:
         pipe.send(OSError(error.errno, str(error)))
     except Exception:
         pipe.send(RuntimeError(f"a crawl process failed:\n{traceback.format_exc()}"))
-
-
-def _die_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)

@@ -5,12 +5,12 @@ All executors must see the crawl's folder, as the processes of one machine do.
 """
 
 import json
-import os
-import sys
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_tools.spark import active_session, spark_session
 from data_tools.web.plan import NO_LANE
 from data_tools.web.settings import FetchSettings
 
@@ -52,7 +52,7 @@ def fetch(
     """
     from img2dataset.distributor import pyspark_distributor
 
-    with _session(cores) as executors:
+    with _session(cores, settings.folder) as executors:
         rounds = _Rounds(todo, executors, settings.folder, url_list, on_done, should_stop)
         pyspark_distributor(executors, GroupDownloader(settings), iter(rounds), executors, 0)
         rounds.tell_done()
@@ -106,24 +106,16 @@ class _Rounds:
 
 
 @contextmanager
-def _session(cores: int) -> Iterator[int]:
+def _session(cores: int, folder: Path) -> Iterator[int]:
     """An active Spark session, the caller's or a local one of our own; how many tasks it runs at a time."""
-    from pyspark.sql import SparkSession
-
-    active = SparkSession.getActiveSession()
+    active = active_session()
     if active is not None:
         yield active.sparkContext.defaultParallelism
         return
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # this one has what `Fetcher` imports
-    builder = SparkSession.builder.master(f"local[{cores}]").appName("tandem crawl")
-    for name, value in (
-        ("spark.ui.enabled", "false"),
-        ("spark.driver.bindAddress", "127.0.0.1"),
-        ("spark.driver.host", "127.0.0.1"),
-    ):
-        builder = builder.config(name, value)
-    session = builder.getOrCreate()
+    scratch = folder / ".piece-spark"  # removed with other leftovers of pieces
+    session = spark_session("tandem crawl", cores, scratch, master=f"local[{cores}]")
     try:
         yield cores
     finally:
         session.stop()
+        shutil.rmtree(scratch, ignore_errors=True)
