@@ -1,7 +1,7 @@
 """Near duplicates and leaks planted among real pictures: what is found, what is found wrongly, and how time
 grows.
 
-    python -m benchmarks.duplicates --data ../shared/data [--sizes 10000 20000 40000] [--processes 2]
+    python -m benchmarks.duplicates --data DIR [--sizes 10000 20000 40000] [--processes 2]
 
 The pictures are the photos of Flickr8k and the demo's drawings, 12.4 thousand, and copies of them, each
 changed in one of KINDS and saved again. The limits of data_tools/clean/same_picture.py were chosen on the
@@ -239,7 +239,7 @@ def corpus_of(size: int, items: Sequence[Item], fresh: Sequence[bool]) -> list[I
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="the folder with flickr8k/")
+    parser.add_argument("--data", type=Path, required=True, help="the folder with flickr8k/")
     parser.add_argument("--drawings", type=Path, default=Path("demo/corpus"))
     parser.add_argument("--sizes", type=int, nargs="*", default=[10_000, 20_000, 40_000])
     parser.add_argument("--processes", type=int, default=2)

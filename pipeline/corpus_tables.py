@@ -40,7 +40,6 @@ def of_what_if(answer: WhatIf) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     for name in columns:
-        table.add_column(
-            name, justify="right" if name in ("show", "click", "now", "then", "difference") else "left"
-        )
+        numbers = name in ("show", "click", "now", "then", "difference")
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     return table
