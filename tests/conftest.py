@@ -1,8 +1,10 @@
-"""The tests' SLURM cluster; and skips for lack of what TANDEM_REQUIRE="chromium slurm" names are failures."""
+"""The tests' SLURM cluster; what TANDEM_REQUIRE="chromium slurm spark" names must not be skipped."""
 
 import os
 import re
+import shutil
 from collections.abc import Generator, Iterator
+from importlib.util import find_spec
 
 import pytest
 
@@ -36,6 +38,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         pytest.skip(f"no slurm cluster here: {'; '.join(missing)}")
     with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def spark() -> None:
+    """For tests that start a Spark of their own."""
+    missing = [f"no {name}" for name in ("java", "pyspark") if not (shutil.which(name) or find_spec(name))]
+    if missing:
+        pytest.skip(f"no spark here: {'; '.join(missing)}")
 
 
 @pytest.fixture

@@ -128,8 +128,8 @@ def test_asked_to_stop_it_stops_and_leaves_nothing(tmp_path: Path) -> None:
     assert not list(job.directory.rglob("*.parquet*"))
 
 
+@pytest.mark.usefixtures("spark")
 def test_a_missing_java_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pyspark")
     write_log(tmp_path / "log.csv", [row()])
     monkeypatch.setenv("JAVA_HOME", str(tmp_path / "nowhere"))
     with pytest.raises(StageError, match=r"JAVA_HOME=.*nowhere has no bin/java.*extra `spark`"):
@@ -157,9 +157,9 @@ def test_what_duckdb_says_is_told_with_a_remedy() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("spark")
 def test_spark_gives_the_same_bytes(tmp_path: Path) -> None:
     """On the demo's log, on a hostile one in parts, and from a text file; bad rows are told alike."""
-    pytest.importorskip("pyspark")
     demo_corpus.build(tmp_path / "demo", seed=7, limit=150)
     log = write_hostile_log(tmp_path / "a [log], {of} *stars*", 2000, seed=4)
     lists = {"zh": Path("words.txt"), "en": Path("latin.txt")}
@@ -185,8 +185,8 @@ def test_spark_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("spark")
 def test_text_that_is_not_utf8_is_refused_by_both(tmp_path: Path) -> None:
-    pytest.importorskip("pyspark")
     table = pa.Table.from_pylist([row()])
     bad = pa.array([b"\xba\xec panda"]).view(pa.string())
     place = table.column_names.index("title")

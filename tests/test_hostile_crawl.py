@@ -55,6 +55,7 @@ def check_limits(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("spark")
 def test_a_hostile_web_twice_and_by_spark(tmp_path: Path) -> None:
     runs = [
         hostile_world.run(tmp_path / "one", CROWD),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import dataloader
 
 from data_tools.shards import ShardIndex
 from learning.methods.base import Views
@@ -319,6 +320,24 @@ def test_a_worker_process_that_dies_is_told_as_a_value(
     assert isinstance(told[6], Failed)  # or one before it: what the process had ready went with it
     assert told[-len(failed) :] == failed
     assert "a process of data.workers ended" in failed[0].message
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError(), ConnectionResetError(104, "reset"), FileNotFoundError(2, "no socket")]
+)
+def test_a_worker_process_that_dies_while_it_hands_over_is_told_too(
+    corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Its tensors' memory is asked for by a socket that ends with it."""
+
+    def gone(self: object) -> object:
+        raise error
+
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter, "_get_data", gone)
+    told = list(batches_from(batches(corpus, tokenizer, workers=2), 0, 3))
+    assert len(told) == 3
+    for each in told:
+        assert isinstance(each, Failed) and "step 0: a process of data.workers ended" in each.message
 
 
 def test_a_bad_picture_is_replaced_and_no_other_row_changes(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -26,8 +26,8 @@ stages:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("spark")
 def test_the_filter_runs_on_a_spark_of_its_own_job(slurm: SlurmCluster, tmp_path: Path) -> None:
-    pytest.importorskip("pyspark")
     place = tmp_path / "it's $HOME; a place"  # no value is read by the shell
     place.mkdir()
     write_hostile_log(place / "log", 300, seed=6)

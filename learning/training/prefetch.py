@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from learning.training.loader import Batches, Failed, Loaded, Rows
 
 PREFETCH = 2  # batches made ahead; each worker process has as many parts of later ones ready
+# What PyTorch raises for a process that is gone; and what the tensors that it was handing over raise, whose
+# memory it can no longer be asked for.
+_ENDED = (RuntimeError, EOFError, ConnectionError, FileNotFoundError)
 
 
 def batches_from(batches: Batches, start: int, stop: int) -> Generator[Loaded | Failed, None, None]:
@@ -88,6 +91,6 @@ class _Workers:
                 # one, and does not interrupt the training by a signal handler
                 self._made = iter(self._loader)
             return self.batches.joined([next(self._made) for _ in range(self.parts)])
-        except RuntimeError as error:
-            self._ended = Failed(f"step {step}: a process of data.workers ended: {error}")
+        except _ENDED as error:
+            self._ended = Failed(f"step {step}: a process of data.workers ended: {error!r}")
             return self._ended
