@@ -106,6 +106,7 @@ class _Training:
 
     def run(self, again: StartOver | None) -> Report:
         config, job = self.config, self.job
+        self.method.begin()
         sizes = {part: sum(p.numel() for p in own) for part, own in self.method.parts().items()}
         held = read_deepspeed_config(job.recipe_directory / config.deepspeed)
         if config.activation_checkpointing:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from learning import methods
 from learning.losses.blockwise import hinge_rows, info_nce_rows_blockwise
 from learning.losses.contrastive import Ids, Queue, hardest_negative_hinge, info_nce, info_nce_rows
-from learning.methods.base import Batch, Method, Terms, Texts, Views
+from learning.methods.base import Batch, ContrastiveMethod, Terms, Texts, Views
 from learning.training.contrast import Contrast, ContrastConfig
 from learning.training.distributed import gather
 from learning.training.engine import Objective
@@ -58,7 +58,7 @@ def unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=-1)
 
 
-class Towers(Method):
+class Towers(ContrastiveMethod):
     """One matrix a side. Rows come as Batch.tokens; their ids, and a queue for image to text, are its own."""
 
     available_losses = ("ccl", "hinge")

@@ -160,7 +160,7 @@ def test_statistics_of_the_batch_are_refused() -> None:
     with pytest.raises(ValueError, match=r"micro_batch: norm .*set model.vision.batch_norm: frozen"):
         Engine(method, {"ccl": 1.0}, OPTIMIZER, {}, batch_per_gpu=8, micro_batch=4)
     method.eval()
-    grad_cache.refuse_batch_statistics(TinyMethod())
+    grad_cache.refuse_what_needs_all(TinyMethod())
     with pytest.raises(ValueError, match="micro_batch"):
-        grad_cache.refuse_batch_statistics(method)
+        grad_cache.refuse_what_needs_all(method)
     assert not method.training

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from data_tools.shards import ShardWriter
 from learning.losses.contrastive import info_nce
-from learning.methods.base import Batch, Method, Terms, Texts, Views
+from learning.methods.base import Batch, ContrastiveMethod, Terms, Texts, Views
 from learning.training.distributed import gather
 from stages.base import Job
 
@@ -73,7 +73,7 @@ def write_corpus(out: Path, samples: Mapping[str, int], bad: Mapping[int, bytes]
     return out
 
 
-class TinyMethod(Method):
+class TinyMethod(ContrastiveMethod):
     """Two linear towers and InfoNCE, in float64 if asked: small enough to compare with a plain loop."""
 
     available_losses = ("ccl",)

@@ -1,9 +1,9 @@
-"""What a method is: a module that embeds a batch's views, and gives unweighted losses of them by name."""
+"""What a method is: a module that gives unweighted losses of a batch's views by name, and embeds."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -13,8 +13,24 @@ from torch import Tensor, nn
 from learning.encoders.vision import VisionEncoder
 from learning.training.contrast import ContrastConfig
 
-ImageView = Literal["plain", "augmented"]
-TextView = Literal["plain", "augmented"]
+
+@dataclass(frozen=True)
+class MaskedTokens:
+    """A text view: `share` (0-1) of a text's ordinary tokens, rounded, at least one, are [MASK]."""
+
+    share: float
+
+
+@dataclass(frozen=True)
+class MaskedPatches:
+    """An image view: the plain one, `share` (0-1) of its patches, rounded, in the mean colour: 0."""
+
+    share: float
+    patch_px: int  # side of a patch; divides image_px
+
+
+ImageView = Literal["plain", "augmented", "randaugment"] | MaskedPatches
+TextView = Literal["plain", "augmented"] | MaskedTokens
 
 
 class MethodConfig(BaseModel):
@@ -51,38 +67,35 @@ class Batch:
     # What a frozen image tower gave for a view, which `images` then lacks (data.cache: tokens)
     tokens: dict[str, Float[Tensor, "b n v"]] = field(default_factory=dict)
     rows_by_rank: tuple[int, ...] | None = None  # of every rank's part; None: all have as many as this one
+    # Samples of one id show the same: they are each other's positives. None: every row is its own.
+    ids: Int64[Tensor, " b"] | None = None
+    labels: dict[str, Int64[Tensor, " b"]] = field(default_factory=dict)  # those of `Views.labels`
+    draw: int = 0  # seed of what a method draws over the rows of all ranks: the same on all of them
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device) -> "Batch":
         """On the device; from pinned memory to a GPU without waiting for the copy."""
-        return Batch(
-            {name: image.to(device, non_blocking=True) for name, image in self.images.items()},
-            {name: text.to(device) for name, text in self.texts.items()},
-            self.keys,
-            {name: tokens.to(device, non_blocking=True) for name, tokens in self.tokens.items()},
-            self.rows_by_rank,
-        )
+        return self._each(lambda x: x.to(device, non_blocking=True), lambda text: text.to(device))
 
     def rows(self, part: slice) -> "Batch":
         """Some of this rank's rows; `rows_by_rank` stays that of the whole."""
-        return Batch(
-            {name: image[part] for name, image in self.images.items()},
-            {name: text.rows(part) for name, text in self.texts.items()},
-            self.keys[part],
-            {name: tokens[part] for name, tokens in self.tokens.items()},
-            self.rows_by_rank,
-        )
+        made = self._each(lambda x: x[part], lambda text: text.rows(part))
+        return replace(made, keys=self.keys[part])
 
     def pin_memory(self) -> "Batch":
         """In page-locked memory; needs a GPU. What is on a GPU already (a frozen tower's tokens) stays."""
-        return Batch(
-            {name: image.pin_memory() for name, image in self.images.items()},
-            {name: text.pin_memory() for name, text in self.texts.items()},
-            self.keys,
-            {name: t if t.is_cuda else t.pin_memory() for name, t in self.tokens.items()},
-            self.rows_by_rank,
+        return self._each(lambda x: x if x.is_cuda else x.pin_memory(), lambda text: text.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor], change_text: Callable[[Texts], Texts]) -> "Batch":
+        return replace(
+            self,
+            images={name: change(image) for name, image in self.images.items()},
+            texts={name: change_text(text) for name, text in self.texts.items()},
+            tokens={name: change(tokens) for name, tokens in self.tokens.items()},
+            ids=None if self.ids is None else change(self.ids),
+            labels={name: change(values) for name, values in self.labels.items()},
         )
 
 
@@ -100,16 +113,17 @@ class Views:
 
     images: Mapping[str, ImageView]
     texts: Mapping[str, TextView]
+    labels: tuple[str, ...] = ()  # of the samples, whole numbers: they come as Batch.labels
 
 
 class Method(nn.Module, ABC):
-    """One paper. `losses` are the names of the losses to compute (the keys of the recipe's weights).
-
-    A step is `encode`, row by row, and `terms`, over the rows of all ranks: the first may be done in parts.
-    """
+    """One paper. `losses` are the names of the losses to compute (the keys of the recipe's weights)."""
 
     available_losses: ClassVar[tuple[str, ...]] = ()
-    contrast = ContrastConfig()  # how `terms` computes over ranks; an engine sets the recipe's
+    # beginnings of names of state that only training needs (a teacher, queues): made by `begin`, in
+    # checkpoints, not in the model that is written out
+    training_only: ClassVar[tuple[str, ...]] = ()
+    contrast = ContrastConfig()  # how a loss is computed over ranks; an engine sets the recipe's
 
     def __init__(self, losses: tuple[str, ...]):
         super().__init__()
@@ -123,7 +137,46 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def views(self) -> Views:
-        """The views that `encode` reads, given the losses to compute."""
+        """The views that `forward` reads, given the losses to compute."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Terms:
+        """The unweighted losses of a batch, over the rows of all ranks; the keys equal `self.losses`."""
+
+    @abstractmethod
+    def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Unit-length image embeddings."""
+
+    @abstractmethod
+    def embed_texts(self, texts: Texts) -> Float[Tensor, "b d"]:
+        """Unit-length text embeddings."""
+
+    def frozen_image_tower(self) -> VisionEncoder | None:
+        """Images (b, 3, h, w) → tokens (b, n, v), if it never learns: `forward` reads Batch.tokens."""
+        return None
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by part (`vision`, `text`, `fusion`, …): for plans and learning rates."""
+        grouped: dict[str, list[nn.Parameter]] = {}
+        for name, child in self.named_children():
+            grouped[name] = [p for p in child.parameters() if p.requires_grad]
+        own = [p for p in self.parameters(recurse=False) if p.requires_grad]
+        if own:
+            grouped["other"] = own
+        return {name: parameters for name, parameters in grouped.items() if parameters}
+
+    def begin(self) -> None:
+        """Called once before training, the weights in place: makes the state that only training needs."""
+
+    def after_step(self) -> None:
+        """Called once after each optimizer step that was not skipped."""
+
+
+class ContrastiveMethod(Method):
+    """A method whose losses read the embeddings of the views alone.
+
+    A step is `encode`, row by row, and `terms`, over the rows of all ranks: the first may be done in parts.
+    """
 
     @abstractmethod
     def encode(self, batch: Batch) -> dict[str, Float[Tensor, "b d"]]:
@@ -142,27 +195,34 @@ class Method(nn.Module, ABC):
         """The losses of a batch: `terms` of `encode`."""
         return self.terms(self.encode(batch), batch.rows_by_rank)
 
-    @abstractmethod
-    def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Unit-length image embeddings."""
 
-    @abstractmethod
-    def embed_texts(self, texts: Texts) -> Float[Tensor, "b d"]:
-        """Unit-length text embeddings."""
+@runtime_checkable
+class RanksPairs(Protocol):
+    """A method that judges an image and a text together: for re-ranking and matching."""
 
-    def frozen_image_tower(self) -> VisionEncoder | None:
-        """Images (b, 3, h, w) → tokens (b, n, v), if it never learns: `encode` reads Batch.tokens."""
-        return None
+    def image_tokens(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n v"]:
+        """What `score_pairs` reads of images."""
+        ...
 
-    def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by part (`vision`, `text`, `fusion`, …): for plans and learning rates."""
-        grouped: dict[str, list[nn.Parameter]] = {}
-        for name, child in self.named_children():
-            grouped[name] = [p for p in child.parameters() if p.requires_grad]
-        own = [p for p in self.parameters(recurse=False) if p.requires_grad]
-        if own:
-            grouped["other"] = own
-        return {name: parameters for name, parameters in grouped.items() if parameters}
+    def text_tokens(self, texts: Texts) -> Float[Tensor, "b m t"]:
+        """What `score_pairs` reads of texts, beside their mask."""
+        ...
 
-    def after_step(self) -> None:
-        """Called once after each optimizer step that was not skipped."""
+    def score_pairs(
+        self,
+        image_tokens: Float[Tensor, "p n v"],
+        text_tokens: Float[Tensor, "p m t"],
+        text_mask: Int64[Tensor, "p m"],
+    ) -> Float[Tensor, " p"]:
+        """The probability (0-1) that image i and text i match. No pair depends on another."""
+        ...
+
+    def attention(
+        self,
+        image_tokens: Float[Tensor, "p n v"],
+        text_tokens: Float[Tensor, "p m t"],
+        text_mask: Int64[Tensor, "p m"],
+        layer: int,
+    ) -> Float[Tensor, "p heads m n"]:
+        """How text tokens attend to image tokens in a layer (from 1) of the text-image encoder."""
+        ...

@@ -13,7 +13,7 @@ from learning.encoders.pooling import Pooling, make_pooling
 from learning.encoders.text import TextConfig, TextEncoder
 from learning.encoders.vision import VisionConfig, VisionEncoder
 from learning.losses.temperature import Temperature, TemperatureConfig
-from learning.methods.base import Batch, ImageView, Method, MethodConfig, Terms, Texts, TextView, Views
+from learning.methods.base import Batch, ContrastiveMethod, MethodConfig, Terms, Texts, Views
 from learning.training.contrast import Contrast
 
 
@@ -30,8 +30,8 @@ class Config(MethodConfig):
     temperature: TemperatureConfig = TemperatureConfig(learnable=True)
     hinge_margin: float = Field(default=0.2, ge=0, description="α of COOKIE's Eq. 13")
     feature_dropout: float = Field(default=0.0, ge=0, lt=1, description="on the pooled features")
-    ccl_view: ImageView = "plain"
-    ccl_text_view: TextView = "plain"
+    ccl_view: Literal["plain", "augmented"] = "plain"
+    ccl_text_view: Literal["plain", "augmented"] = "plain"
 
 
 class Head(nn.Module):
@@ -51,7 +51,7 @@ class Head(nn.Module):
         return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
 
 
-class Clip(Method):
+class Clip(ContrastiveMethod):
     """Two towers. Losses: `ccl`, InfoNCE of both directions summed, and `hinge` (COOKIE, Eq. 13)."""
 
     available_losses = ("ccl", "hinge")

@@ -19,7 +19,16 @@ from learning.encoders.pooling import Pooling, make_pooling
 from learning.encoders.text import TextConfig, TextEncoder
 from learning.encoders.vision import VisionConfig, VisionEncoder
 from learning.losses.temperature import Temperature, TemperatureConfig
-from learning.methods.base import Batch, ImageView, Method, MethodConfig, Terms, Texts, TextView, Views
+from learning.methods.base import (
+    Batch,
+    ContrastiveMethod,
+    ImageView,
+    MethodConfig,
+    Terms,
+    Texts,
+    TextView,
+    Views,
+)
 from learning.training.contrast import Contrast
 
 Side = Literal["image", "text"]
@@ -145,7 +154,7 @@ class CommonSpace(nn.Module):
         return [*own, self.text_fc, self.text_vector, self.text_norm]
 
 
-class Cookie(Method):
+class Cookie(ContrastiveMethod):
     """COOKIE. Losses: `ccl` = L_i2t + L_t2i (Eq. 6-7), `vcl` (Eq. 9), `tcl` (Eq. 11), `hinge` (Eq. 13).
 
     The recipe's weights sum them: all 1 is Eq. 12. What no chosen loss uses is frozen, so that every

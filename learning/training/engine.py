@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from learning.methods.base import Batch, Method, Terms
+from learning.methods.base import Batch, ContrastiveMethod, Method, Terms
 from learning.training import distributed, grad_cache, watchdog
 from learning.training.checkpoint_files import Writer
 from learning.training.contrast import ContrastConfig
@@ -61,6 +61,7 @@ class Objective(nn.Module):
         """
         if early is None and gradients is None and not embed_only:
             return self._weighed(self.method(batch))
+        assert isinstance(self.method, ContrastiveMethod)
         embeddings = self.method.encode(batch)
         if embed_only:
             return embeddings
@@ -121,7 +122,7 @@ class Engine:
             raise ValueError(f"parameters of 0 dimensions: {', '.join(scalars)}; give them the shape (1,)")
         self.micro_batch = micro_batch
         if micro_batch is not None and micro_batch < batch_per_gpu:
-            grad_cache.refuse_batch_statistics(method)
+            grad_cache.refuse_what_needs_all(method)
         method.contrast = contrast or ContrastConfig()
         groups = parameter_groups(method, optimizer)
         objective = Objective(method, weights)
@@ -201,8 +202,9 @@ class Engine:
         return {group["part"]: float(group["lr"]) for group in self._optimizer.param_groups}
 
     def full_state(self, averaged: bool = True) -> dict[str, Tensor]:
-        """The method's state dict on the CPU, whole, on every rank: float32 master weights, and buffers.
+        """The model's state dict on the CPU, whole, on every rank: float32 master weights, and buffers.
 
+        What only training needs (`Method.training_only`) is not in it.
         With an `ema`, and `averaged`, the weights are their averages; buffers are the newest. Statistics of
         batch normalisation that ranks keep for themselves are averaged over ranks.
         """
@@ -220,6 +222,8 @@ class Engine:
         averaged = {id(b) for b in self._own_statistics().values()}
         done: dict[int, Tensor] = {}
         for name, value in method.state_dict(keep_vars=True).items():
+            if name.startswith(method.training_only):
+                continue
             if id(value) not in done:
                 if id(value) in whole:
                     done[id(value)] = whole[id(value)]

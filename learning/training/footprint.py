@@ -82,6 +82,7 @@ def footprint(
     values = without_weights(model_config)
     with torch.device("meta"):
         method = methods.build(methods.parse_config(values), losses, vocabulary_size)
+        method.begin()
     if recomputed:
         recompute_blocks(method)
     live, flops = LiveBytes(), FlopCounterMode(display=False)
@@ -127,4 +128,6 @@ def _batch(method: Method, values: Mapping[str, Any], samples: int, dtype: torch
         {name: torch.empty(samples, 3, side, side, dtype=dtype) for name in views.images},
         {name: Texts(ones, ones) for name in views.texts},
         [str(number) for number in range(samples)],
+        ids=torch.arange(samples),
+        labels={name: torch.ones(samples, dtype=torch.int64) for name in views.labels},
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learning.methods.base import Batch, Method
+from learning.methods.base import Batch, ContrastiveMethod, Method
 from learning.training.randomness import random_state, set_random_state
 
 
@@ -75,8 +75,13 @@ def backward(
     return total, losses, report
 
 
-def refuse_batch_statistics(method: Method) -> None:
-    """Raises ValueError when a module normalises by the statistics of its batch: parts have others."""
+def refuse_what_needs_all(method: Method) -> None:
+    """Raises ValueError for a method that is not a matter of embeddings alone, or normalises by its batch."""
+    if not isinstance(method, ContrastiveMethod):
+        raise ValueError(
+            f"micro_batch: the losses of {type(method).__name__} read more than embeddings, so a batch is "
+            "not computed in parts; leave micro_batch out, and take more GPUs or activation_checkpointing"
+        )
     trains = method.training
     method.train()
     found = [
