@@ -147,7 +147,7 @@ def _owner(candidates: Sequence[Any], values: Any) -> type[BaseModel] | None:
 
 
 def _has_tags(model: type[BaseModel], values: Any) -> bool:
-    """Whether every field with but one allowed value (`tower: clip`) has that value, by default or written."""
+    """Whether every field of one allowed value (`tower: clip`) has that value, written or by default."""
     for name, field in model.model_fields.items():
         allowed = typing.get_args(field.annotation)
         if typing.get_origin(field.annotation) is typing.Literal and len(allowed) == 1:

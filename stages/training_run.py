@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_tools.shards import ShardIndex
 from learning import methods, model_files
-from learning.encoders.image_tower import ImageTower
+from learning.encoders.image_tower import with_fitted_towers
 from learning.evaluation.gallery import texts_of
 from learning.evaluation.validate import validate
 from learning.methods.base import Method, MethodConfig
@@ -362,7 +362,7 @@ def load_upstream(
     Raises ValueError that names every key that does not fit.
     """
     own = method.state_dict()
-    state = _with_fitted_towers(method, state)
+    state = with_fitted_towers(method, state)
     missing = sorted(name for name in set(own) - set(state) if not name.startswith(new_parts or ("\0",)))
     extra = sorted(name for name in set(state) - set(own) if not name.startswith(dropped_parts or ("\0",)))
     shapes = sorted(
@@ -382,16 +382,6 @@ def load_upstream(
     if problems:
         raise ValueError(f"inputs.weights: {source} does not fit this model; {'; '.join(problems)}")
     method.load_state_dict({name: state.get(name, value) for name, value in own.items()})
-
-
-def _with_fitted_towers(method: Method, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = dict(state)
-    for name, module in method.named_modules():
-        if isinstance(module, ImageTower):
-            before = f"{name}."
-            theirs = {key.removeprefix(before): v for key, v in state.items() if key.startswith(before)}
-            found |= {before + key: value for key, value in module.fitted(theirs).items()}
-    return found
 
 
 def absolute_weights(values: Mapping[str, Any], directory: Path) -> dict[str, Any]:

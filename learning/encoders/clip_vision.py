@@ -33,7 +33,13 @@ _FIXED = {"num_channels": 3, "layer_norm_eps": 1e-5}
 _SECTION = "model.vision"
 _POSITIONS = "embeddings.position_embedding.weight"
 # Of a whole CLIP's file; and what old versions of transformers wrote beside the weights.
-_NOT_VISION = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "embeddings.position_ids")
+_NOT_VISION = (
+    "text_model.",
+    "text_projection.",
+    "visual_projection.",
+    "logit_scale",
+    "embeddings.position_ids",
+)
 
 
 class ClipVisionConfig(BaseModel):
@@ -80,7 +86,7 @@ class ClipVisionConfig(BaseModel):
             below = self.image_px // self.patch_px * self.patch_px
             near = " or ".join(str(px) for px in (below, below + self.patch_px) if px)
             raise ValueError(
-                f"image_px: {self.image_px} is not a whole number of patches of {self.patch_px} px; say {near}"
+                f"image_px: {self.image_px} is no whole number of patches of {self.patch_px} px; say {near}"
             )
         return self
 

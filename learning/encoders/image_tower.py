@@ -1,4 +1,4 @@
-"""What every image tower is: images in, tokens of a known number and width out; at rest where it is frozen."""
+"""What every image tower is: images in, tokens of a known number and width out; at rest where frozen."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -78,6 +78,17 @@ class ImageTower(Layered):
     def fitted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state of the same tower at another `image_px`, made for this one where that can be done."""
         return dict(state)
+
+
+def with_fitted_towers(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state for `module`, the part of each image tower in it as `ImageTower.fitted` makes it."""
+    found = dict(state)
+    for name, part in module.named_modules():
+        if isinstance(part, ImageTower):
+            before = f"{name}."
+            theirs = {key.removeprefix(before): v for key, v in state.items() if key.startswith(before)}
+            found |= {before + key: value for key, value in part.fitted(theirs).items()}
+    return found
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

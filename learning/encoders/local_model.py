@@ -1,4 +1,4 @@
-"""A tower's sizes in the recipe: from a preset, or told by a local Hugging Face directory, whose files it reads."""
+"""A tower's sizes, from a preset or as a local Hugging Face directory tells them, and that directory's files."""
 
 import json
 from collections.abc import Callable, Mapping
