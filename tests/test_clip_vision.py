@@ -133,7 +133,7 @@ def test_interpolation_keeps_cls_and_is_bicubic() -> None:
     assert torch.equal(resized_positions(table, 17), table)
     resized = resized_positions(table, 1 + 8 * 8)
     assert torch.equal(resized[0], table[0])
-    # Row 4 of 8 lies at (4 + 1/2) / 2 - 1/2 = 1.75 of 4, column 3 at 1.25: the cubic of Keys 1981 with a = -3/4
+    # Row 4 of 8 lies at (4 + 1/2) / 2 - 1/2 = 1.75 of 4, column 3 at 1.25: Keys's cubic of 1981, a = -3/4
     at_175 = torch.tensor([-9.0, 67.0, 225.0, -27.0]) / 256
     wanted = torch.einsum("r,c,rcw->w", at_175, at_175.flip(0), table[1:].reshape(4, 4, 3))
     torch.testing.assert_close(resized[1 + 4 * 8 + 3], wanted)

@@ -36,8 +36,8 @@ class ImageTowerConfig(Protocol):
         """False: the tower keeps its weights."""
         ...
 
-    def model_dump(self, **options: Any) -> dict[str, Any]:
-        """Pydantic's."""
+    def model_dump(self, *, mode: str = ..., exclude: set[str] | None = ...) -> dict[str, Any]:
+        """All fields, as pydantic gives them."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""A tower's sizes, from a preset or as a local Hugging Face directory tells them, and that directory's files."""
+"""A tower's sizes, from a preset or as a local Hugging Face directory tells them, and that one's files."""
 
 import json
 from collections.abc import Callable, Mapping
