@@ -13,6 +13,7 @@ thread, with and without ET in turns; the median of the pairs' ratios.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from typing import Any, NamedTuple
@@ -46,7 +47,8 @@ DEMO: dict[str, Any] = {
     "method": "r2d2",
     "vision": {"name": "tf_efficientnet_lite0", "image_px": 192, "trainable": False}
     | {"levels": [3, 4], "grid": 4},
-    "text": {"layers": 2, "width": 256, "heads": 4, "intermediate": 1024, "max_length": 20},
+    "text": {"layers": 2, "width": 256, "heads": 4, "intermediate": 1024, "max_length": 20}
+    | {"dropout": 0.0},
     "dimension": 256,
     "image_cls": "mean",
     "image_mask": {"at": "tokens"},
@@ -54,6 +56,7 @@ DEMO: dict[str, Any] = {
     "cross_width": 256,
     "cross_heads": 4,
     "cross_intermediate": 1024,
+    "dropout": 0.0,
     "teacher": {"queue": 1024},
 }
 DEMO_BATCH, DEMO_VOCABULARY, DEMO_LENGTHS = 64, 3000, (8, 20)
@@ -85,6 +88,7 @@ def build(values: dict[str, Any], enhanced: bool, losses: tuple[str, ...], vocab
     return method
 
 
+@functools.cache
 def count(enhanced: bool, length: int, losses: tuple[str, ...] = EQ_8) -> Counted:
     """The paper's size, texts of `length` tokens."""
     values = {**LARGE, "text": {**LARGE["text"], "max_length": length}}
@@ -139,13 +143,14 @@ def print_ratios(lengths: list[int]) -> None:
         on, off = count(True, length), count(False, length)
         once = on.parts["vision"] / 2  # of the image tower's two forwards
         image_pass = Flops(once, once)
-        without_fgd = tuple(name for name in EQ_8 if name != "fgd")
         rows = {
             "": (on.all, off.all),
             ", masked images' pass left out": (on.all.less(image_pass), off.all.less(image_pass)),
-            ", no fgd": (count(True, length, without_fgd).all, count(False, length, without_fgd).all),
             ", MLM alone on fgd's masked texts": (on.all, off.all.less(off.text_pass)),
         }
+        if length == lengths[0]:
+            rest = tuple(name for name in EQ_8 if name != "fgd")
+            rows[", no fgd"] = (count(True, length, rest).all, count(False, length, rest).all)
         for what, (enhanced, alone) in rows.items():
             for name, a, b in zip(("forward", "step"), enhanced, alone, strict=True):
                 macs = f"{a / 2:7.1f} / {b / 2:7.1f}"
@@ -214,12 +219,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 32, 128], help="tokens of a text")
-    parser.add_argument("--rounds", type=int, default=40, help="pairs of timed steps")
+    parser.add_argument(
+        "--lengths", type=int, nargs="*", default=[64, 32, 128], help="tokens of a text; none: no FLOPs"
+    )
+    parser.add_argument("--rounds", type=int, default=20, help="pairs of timed steps; 0: none")
     options = parser.parse_args()
-    print_parts(options.lengths[0])
-    print_ratios(options.lengths)
-    print_times(options.rounds)
+    if options.lengths:
+        print_parts(options.lengths[0])
+        print_ratios(options.lengths)
+    if options.rounds:
+        print_times(options.rounds)
 
 
 if __name__ == "__main__":

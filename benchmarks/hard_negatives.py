@@ -5,11 +5,11 @@ python -m benchmarks.hard_negatives --ranks 8
 
 Real gloo processes draw negatives by random similarities of all ranks' pairs (unit features, temperature
 0.07) and fetch the rows drawn (learning/training/exchange.py): frozen image tokens, text tokens with
-gradient, masks; then they gather all rows (learning/training/distributed.py), as a method without the exchange
-would. Rows and gradients of both ways must be the same. The bytes of every collective to and from other ranks
-are counted; for all-gather and all-reduce what their best algorithms move: (W - 1)/W of the result, and twice
-that. Token sequences are short and narrow here; the table multiplies their bytes up to the paper's size: images
-of 257 × 1024, texts of 64 × 768, in bf16. The gather sums gradients in fp32.
+gradient, masks; then they gather all rows (learning/training/distributed.py), as a method without the
+exchange would. Rows and gradients of both ways must be the same. The bytes of every collective to and from
+other ranks are counted; for all-gather and all-reduce what their best algorithms move: (W - 1)/W of the
+result, and twice that. Token sequences are short and narrow here; the table multiplies their bytes up to the
+paper's size: images of 257 × 1024, texts of 64 × 768, in bf16. The gather sums gradients in fp32.
 """
 
 import argparse
@@ -179,7 +179,7 @@ def main() -> None:
     print(f"{options.ranks} ranks × {options.rows} pairs: rows and gradients of both ways are the same")
     print("received by a rank           bytes here (mean)             MB at the paper's size (mean)")
     print(f"{'':16} {'drawn':>12} {'all':>14} {'drawn':>16} {'all':>12}   ratio")
-    sums: dict[str, float] = Counter()
+    sums = dict.fromkeys(("drawn", "all"), 0.0)
     for content, factor in PAPER.items():
         mean = {
             way: statistics.fmean(traffic[way, content, "received"] for traffic in found)
