@@ -60,6 +60,7 @@ DEMO: dict[str, Any] = {
     "teacher": {"queue": 1024},
 }
 DEMO_BATCH, DEMO_VOCABULARY, DEMO_LENGTHS = 64, 3000, (8, 20)
+WARM_UP = 2
 PAPER_STEPS_PER_S = {True: 1.4, False: 1.1}
 
 
@@ -154,7 +155,7 @@ def print_ratios(lengths: list[int]) -> None:
         for what, (enhanced, alone) in rows.items():
             for name, a, b in zip(("forward", "step"), enhanced, alone, strict=True):
                 macs = f"{a / 2:7.1f} / {b / 2:7.1f}"
-                print(f"{length:6}  {name + what:47} {a:10.1f} / {b:9.1f} {macs} {a / b:7.3f}")
+                print(f"{length:6}  {name + what:47} {a:10.1f} / {b:9.1f} {macs} {a / b:7.4f}")
 
 
 def demo_batches(method: Method, number: int) -> list[Batch]:
@@ -194,25 +195,28 @@ def print_times(rounds: int) -> None:
         enhanced: torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-4)
         for enhanced, method in both.items()
     }
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    warm_up = 3
-    for turn, batch in enumerate(demo_batches(both[True], rounds + warm_up)):
+    clocks = {"wall": time.perf_counter, "CPU": time.process_time}
+    seconds: dict[tuple[str, bool], list[float]] = {(name, way): [] for name in clocks for way in both}
+    for turn, batch in enumerate(demo_batches(both[True], rounds + WARM_UP)):
         for enhanced in (True, False) if turn % 2 else (False, True):
-            begun = time.perf_counter()
+            begun = {name: clock() for name, clock in clocks.items()}
             optimizers[enhanced].zero_grad()
             torch.stack(list(both[enhanced](batch).losses.values())).sum().backward()
             optimizers[enhanced].step()
             both[enhanced].after_step()
-            if turn >= warm_up:
-                seconds[enhanced].append(time.perf_counter() - begun)
-    ratios = [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    on, off = (1e3 * statistics.median(seconds[enhanced]) for enhanced in (True, False))
+            if turn >= WARM_UP:
+                for name, clock in clocks.items():
+                    seconds[name, enhanced].append(clock() - begun[name])
     paper = PAPER_STEPS_PER_S[False] / PAPER_STEPS_PER_S[True]
-    print(
-        f"\nstep at the demo's size, batch {DEMO_BATCH}, {rounds} pairs: with ET {on:.0f} ms, without "
-        f"{off:.0f} ms; ratio {middle:.3f} (quartiles {low:.3f}-{high:.3f}), paper {paper:.3f}"
-    )
+    print(f"\nstep at the demo's size, batch {DEMO_BATCH}, {rounds} pairs (paper's ratio: {paper:.3f})")
+    for name in clocks:
+        with_et, without = seconds[name, True], seconds[name, False]
+        ratios = [a / b for a, b in zip(with_et, without, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"  {name:4} s: with ET {statistics.median(with_et):.2f}, "
+            f"without {statistics.median(without):.2f}; ratio {middle:.3f} (quartiles {low:.3f}-{high:.3f})"
+        )
 
 
 def main() -> None:
