@@ -1,4 +1,4 @@
-"""What the evaluate stage shows of a gallery: a seeded choice of queries with their first answers, thumbnails.
+"""What the evaluate stage shows of a gallery: a seeded choice of queries, their first answers, thumbnails.
 
 The choice knows nothing of the ranks: it shows what the model is like, not its best.
 """
@@ -49,17 +49,14 @@ def retrieval_examples(outcome: Outcome, shown: Shown, index: ShardIndex, direct
         return {"text": outcome.gallery.texts[t]}
 
     generator = random.Random(shown.seed)
-    directions = {}
+    directions: dict[str, list[dict[str, Any]]] = {}
     ranks = outcome.whole.ranks()
-    of_direction = {
-        side.direction: (side, made)
-        for side, made in zip(
-            outcome.whole.sides, outcome.whole.reranked or [None] * len(outcome.whole.sides), strict=True
-        )
-    }
+    sides = outcome.whole.sides
+    reranked: list[Reranked | None] = [*outcome.whole.reranked] or [None] * len(sides)
+    of_direction = {side.direction: (side, made) for side, made in zip(sides, reranked, strict=True)}
     for direction, query_of, answer_of in (("t2i", text, image), ("i2t", image, text)):
-        if direction in of_direction:
-            side, made = of_direction[direction]
+        side, made = of_direction.get(direction, (None, None))
+        if side is not None:
             chosen = sorted(generator.sample(range(len(side.queries)), min(shown.queries, len(side.queries))))
             directions[direction] = [
                 {

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from data_tools.shards import ShardIndex
 from learning.evaluation.gallery import TextField
-from learning.evaluation.matching import LABEL, Matched, MatchBy, evaluate_matching
+from learning.evaluation.matching import LABEL, MatchBy, Matched, evaluate_matching
 from learning.evaluation.metrics import DIRECTIONS, Direction
 from learning.evaluation.rerank import RerankConfig
 from learning.evaluation.validate import Outcome, evaluate_gallery
@@ -35,7 +35,9 @@ class Judged(Frozen):
     )
     split: str = Field(description="a split of the corpus")
     texts: tuple[TextField, ...] = Field(
-        default=("title",), min_length=1, description="all of them are asked; matching: the first that there is"
+        default=("title",),
+        min_length=1,
+        description="all of them are asked; matching: the first that there is",
     )
     relevance: str | None = Field(
         default=None, description="the label by which image and text match; null: an image and its own texts"
@@ -63,7 +65,9 @@ class Judged(Frozen):
         for name, task in ONE_TASK.items():
             field = type(self).model_fields.get(name)
             if field is not None and task != self.task and getattr(self, name) != field.default:
-                raise ValueError(f"{name}: says nothing in task {self.task}; leave it out, or set task: {task}")
+                raise ValueError(
+                    f"{name}: says nothing in task {self.task}; leave it out, or set task: {task}"
+                )
         return self
 
     def judges_pairs(self) -> str | None:

@@ -115,7 +115,8 @@ class TrainingConfig(StageConfig):
     vocabulary: Vocabulary = Vocabulary()
     validation: Validation | None = Field(default=None, alias="validate")
     pick_best: str | None = Field(
-        default=None, description="validation metric whose best weights out/ holds: val/rsum, val/r@m, val/auc"
+        default=None,
+        description="validation metric whose best weights out/ holds: val/rsum, val/r@m, val/auc",
     )
     new_parts: tuple[str, ...] = Field(
         default=(),

@@ -78,7 +78,13 @@ def test_chances_of_both_directions() -> None:
 
 def test_one_direction_has_the_mean_of_three_recalls_and_no_rsum() -> None:
     found = recalls(t2i=T2I)
-    assert found == {"t2i_r@1": 50.0, "t2i_r@5": 75.0, "t2i_r@10": 75.0, "t2i_median_rank": 2.0, "r@m": 200 / 3}
+    assert found == {
+        "t2i_r@1": 50.0,
+        "t2i_r@5": 75.0,
+        "t2i_r@10": 75.0,
+        "t2i_median_rank": 2.0,
+        "r@m": 200 / 3,
+    }
     by_chance = chances({"t2i": (np.ones(10, dtype=np.int64), 20)})
     assert by_chance == {
         "chance_t2i_r@1": pytest.approx(5.0),

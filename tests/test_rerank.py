@@ -273,7 +273,9 @@ def test_folds_have_candidates_of_their_own(corpus: Path) -> None:
     for part, own_images, own_texts in outcome.gallery.folds(5):
         images, texts = outcome.images[own_images], outcome.texts[own_texts]
         rights = [part.right_texts().of_query(q).tolist() for q in range(len(images))]
-        exact = np.stack([cosines(np.repeat(images[q : q + 1], len(texts), 0), texts) for q in range(len(images))])
+        exact = np.stack(
+            [cosines(np.repeat(images[q : q + 1], len(texts), 0), texts) for q in range(len(images))]
+        )
         ranks, found = slow_ranks(
             exact, match[np.ix_(own_images, own_texts)], [set(r) for r in rights], 4, "match+cosine"
         )

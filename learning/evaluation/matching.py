@@ -108,8 +108,8 @@ def _labels(index: ShardIndex, label: str) -> Bool[np.ndarray, " n"]:
         )
     if len(Counter(values)) == 1:
         raise ValueError(
-            f"label: every sample has the label '{label}' '{values[0]}'; an AUC needs matches and others, as a "
-            "matching set of the benchmark stage has (icm, iqm)"
+            f"label: every sample has the label '{label}' '{values[0]}'; an AUC needs matches and others, as "
+            "a matching set of the benchmark stage has (icm, iqm)"
         )
     return np.array([value == "1" for value in values])
 

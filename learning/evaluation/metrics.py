@@ -8,7 +8,8 @@ from jaxtyping import Int64
 
 KS = (1, 5, 10)
 Direction = Literal["i2t", "t2i"]
-DIRECTIONS: tuple[Direction, Direction] = ("i2t", "t2i")  # image-to-text: the query is an image; text-to-image: the query is a text
+# image-to-text: the query is an image; text-to-image: the query is a text
+DIRECTIONS: tuple[Direction, Direction] = ("i2t", "t2i")
 
 
 def recall_at(ranks: Int64[np.ndarray, " n"], k: int) -> float:

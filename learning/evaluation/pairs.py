@@ -65,9 +65,10 @@ class PairScorer:
         assert isinstance(self.method, RanksPairs)  # checked when this was made
         seen, image_of_pair = np.unique(images, return_inverse=True)
         asked, text_of_pair = np.unique(texts, return_inverse=True)
-        pixels = [plain_pixels(self.index, i, self.transform, self.max_pixels) for i in seen.tolist()]
+        pictures = [plain_pixels(self.index, i, self.transform, self.max_pixels) for i in seen.tolist()]
         read = self.tokenizer.encode([of[t] for t in asked.tolist()], self.max_length).to(self.device)
-        image_tokens = self.method.image_tokens(torch.stack(pixels).to(self.device, weights_dtype(self.method)))
+        pixels = torch.stack(pictures).to(self.device, weights_dtype(self.method))
+        image_tokens = self.method.image_tokens(pixels)
         text_tokens = self.method.text_tokens(read)
         image_rows = torch.from_numpy(image_of_pair).to(self.device)
         text_rows = torch.from_numpy(text_of_pair).to(self.device)
@@ -79,8 +80,8 @@ class PairScorer:
             pair = int(wrong.nonzero()[0, 0])
             raise ValueError(
                 f"{self.index.where(int(images[pair]))}: with the text '{of[int(texts[pair])]}' the match "
-                f"probability is {float(found[pair]):.4g}; it lies between 0 and 1 (not a number: the training "
-                "that made the model has diverged)"
+                f"probability is {float(found[pair]):.4g}; it lies between 0 and 1 (not a number: the "
+                "training that made the model has diverged)"
             )
         return found
 
@@ -89,6 +90,6 @@ def check_ranks_pairs(method: type) -> None:
     """Raise ValueError for a class of method that judges no pairs of pictures and texts."""
     if not issubclass(method, RanksPairs):
         raise ValueError(
-            f"{method.__name__} embeds pictures and texts apart and cannot judge a pair; leave the field out, "
-            "or give a method that has score_pairs"
+            f"{method.__name__} embeds pictures and texts apart and cannot judge a pair; leave the field "
+            "out, or give a method that has score_pairs"
         )

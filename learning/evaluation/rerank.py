@@ -2,10 +2,10 @@
 
 The candidates of a query are its first k answers by exact cosine (retrieval.py), ties by position. A method
 that judges pairs scores them, each distinct pair of the two directions once, and the candidates go in the
-order of that score; all other answers stay behind them in the order of their cosines. So the rank of the best
-right answer is 1 + the wrong candidates with a score equal to or above that of the best right candidate: a tie
-counts against the model, as in retrieval.py. A query without a right candidate keeps its rank by cosine, which
-is above k: each of its k candidates is wrong, with a cosine no lower than the right answer's.
+order of that score; all other answers stay behind them in the order of their cosines. So the rank of the
+best right answer is 1 + the wrong candidates with a score equal to or above that of the best right candidate:
+a tie counts against the model, as in retrieval.py. A query without a right candidate keeps its rank by
+cosine, which is above k: each of its k candidates is wrong, with a cosine no lower than the right answer's.
 
 Memory: some 40 bytes a candidate (queries × k, both directions), on every process.
 """
@@ -35,12 +35,12 @@ class RerankConfig(BaseModel):
     top_k: int = Field(
         default=64,
         ge=1,
-        description="candidates of a query, the first by cosine; the size of the gallery or more: every pair is "
-        "judged. Zero's released code: 128 (Flickr30K-CN), 64 (ICR, IQR)",
+        description="candidates of a query, the first by cosine; the size of the gallery or more: every pair "
+        "is judged. Zero's released code: 128 (Flickr30K-CN), 64 (ICR, IQR)",
     )
     score: Score = Field(
         default="match+cosine",
-        description="of a candidate: the match probability plus the cosine (Zero's released code), or it alone",
+        description="of a candidate: match probability plus cosine (Zero's released code), or the first alone",
     )
     batch: int = Field(default=256, ge=1, description="pairs judged at a time, a rank")
 
@@ -82,8 +82,8 @@ def rerank(
 ) -> list[Reranked]:
     """Put the candidates of each side in the order of their scores.
 
-    match(images, texts): the match probability of each pair of ids. It is called once, with the distinct pairs
-    of all sides in the order of their images. All processes call this together.
+    match(images, texts): the match probability of each pair of ids. It is called once, with the distinct
+    pairs of all sides in the order of their images. All processes call this together.
     """
     found = [_candidates(side, config.top_k, device, query_block) for side in sides]
     texts_n = 1 + max(

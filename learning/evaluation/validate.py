@@ -34,7 +34,8 @@ class Part:
 
     def ranks(self) -> dict[str, Int64[np.ndarray, " n"]]:
         """The rank of each query's best right answer, by direction; after re-ranking where there was one."""
-        return {side.direction: made.ranks for side, made in zip(self.sides, self.reranked or self.sides)}
+        final = [made.ranks for made in self.reranked] or [side.ranks for side in self.sides]
+        return {side.direction: ranks for side, ranks in zip(self.sides, final, strict=True)}
 
     def metrics(self) -> dict[str, float]:
         """Recalls, and `cosine_…` (before re-ranking) and `ceiling_…` beside them; chance levels last."""
@@ -46,7 +47,9 @@ class Part:
                 f"ceiling_{side.direction}": made.ceiling
                 for side, made in zip(self.sides, self.reranked, strict=True)
             }
-        return values | chances({side.direction: (side.right.counts, len(side.answers)) for side in self.sides})
+        return values | chances(
+            {side.direction: (side.right.counts, len(side.answers)) for side in self.sides}
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def evaluate_gallery(
     of `directions` alone. Re-ranked, these are the metrics of the new order, beside cosine_… of the old one
     and ceiling_i2t, ceiling_t2i.
     With folds > 1 recalls, ceilings and chances are means over that many parts (COCO's 1K protocol is
-    five_folds of its 5K split), each with candidates of its own; the whole is re-ranked too, for the examples.
+    five_folds of its 5K split), each with candidates of its own; the whole is re-ranked too, for
+    the examples.
     `advance` is told the images, the texts and the pairs done. Raises ValueError as `gallery_of`,
     `embed_images` and `PairScorer` do.
 
