@@ -53,20 +53,20 @@ def retrieval_examples(outcome: Outcome, shown: Shown, index: ShardIndex, direct
     ranks = outcome.whole.ranks()
     sides = outcome.whole.sides
     reranked: list[Reranked | None] = [*outcome.whole.reranked] or [None] * len(sides)
-    of_direction = {side.direction: (side, made) for side, made in zip(sides, reranked, strict=True)}
-    for direction, query_of, answer_of in (("t2i", text, image), ("i2t", image, text)):
-        side, made = of_direction.get(direction, (None, None))
-        if side is not None:
-            chosen = sorted(generator.sample(range(len(side.queries)), min(shown.queries, len(side.queries))))
-            directions[direction] = [
-                {
-                    "query": query_of(query),
-                    "rank": int(ranks[direction][query]),
-                    "right_answers": int(side.right.counts[query]),
-                    **_answers(side, made, query, answer_of, shown.answers),
-                }
-                for query in chosen
-            ]
+    # texts that ask for images come first
+    both = sorted(zip(sides, reranked, strict=True), key=lambda pair: pair[0].direction == "i2t")
+    for side, made in both:
+        query_of, answer_of = (image, text) if side.direction == "i2t" else (text, image)
+        chosen = sorted(generator.sample(range(len(side.queries)), min(shown.queries, len(side.queries))))
+        directions[side.direction] = [
+            {
+                "query": query_of(query),
+                "rank": int(ranks[side.direction][query]),
+                "right_answers": int(side.right.counts[query]),
+                **_answers(side, made, query, answer_of, shown.answers),
+            }
+            for query in chosen
+        ]
     return {"images": len(outcome.images), "distinct_texts": len(outcome.texts), **directions}
 
 

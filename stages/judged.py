@@ -1,4 +1,4 @@
-"""How a split that is not trained on is judged, in validation and as a gallery: the fields, and the judging."""
+"""How a split that is not trained on is judged, in validation and as a gallery: the fields, and the act."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -45,7 +45,7 @@ class Judged(Frozen):
     directions: tuple[Direction, ...] = Field(
         default=DIRECTIONS,
         min_length=1,
-        description="i2t: images ask for texts; t2i: texts for images, alone in MUGE: R@M is of three recalls",
+        description="i2t: images ask for texts; t2i: texts for images; MUGE has t2i alone: R@M of 3 recalls",
     )
     rerank: RerankConfig | None = Field(
         default=None, description="judge the first answers by cosine as pairs; null: the cosine decides"

@@ -1,4 +1,4 @@
-"""A method that judges pairs, a matching corpus, and a finished training stage of it, for re-ranking's tests."""
+"""A method that judges pairs, a matching corpus, a finished training stage of it, for the tests of pairs."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Re-ranked and matching galleries from the evaluate stage to the tables and the report; and in validation."""
+"""Re-ranked and matching galleries: from the evaluate stage to tables and report; and in validation."""
 
 import io
 import json
@@ -172,7 +172,7 @@ def test_a_matching_gallery_of_another_corpus_is_a_stage_error(
     inputs: dict[str, Path], tmp_path: Path
 ) -> None:
     tiny_model.write_corpus(tmp_path / "shard" / "out", 3)
-    with pytest.raises(StageError, match="galleries.icm: .*no label 'match'; there are: concept, vendor"):
+    with pytest.raises(StageError, match=r"galleries.icm: .*no label 'match'; there are: concept, vendor"):
         evaluate.run(config(MATCHING), job(tmp_path / "evaluate", inputs | {"corpus": tmp_path / "shard"}))
 
 

@@ -40,7 +40,7 @@ class RerankConfig(BaseModel):
     )
     score: Score = Field(
         default="match+cosine",
-        description="of a candidate: match probability plus cosine (Zero's released code), or the first alone",
+        description="of a candidate: match probability plus cosine (Zero's released code), or it alone",
     )
     batch: int = Field(default=256, ge=1, description="pairs judged at a time, a rank")
 
