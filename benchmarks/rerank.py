@@ -1,6 +1,6 @@
 """Re-ranking the first k answers: quality and time beside cross-encoding all pairs, in one run.
 
-    python -m benchmarks.rerank --model <runs>/r2d2_demo/finetune/<fingerprint> --corpus <runs>/…/shard/<…>/out \
+    python -m benchmarks.rerank --model <finetune stage directory> --corpus <shard stage directory>/out \
         --split test [--texts captions] [--relevance concept] [--top-k 16 64 128] [--score match]
 
 --model: a finished training stage of a method that judges pairs. --corpus: a shard stage's out/. Each row is
