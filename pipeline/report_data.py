@@ -75,8 +75,7 @@ class RecallRow:
     """A gallery's line of the recall table: (value, chance) a recall, in percent; None if missing."""
 
     gallery: str
-    images: int | None
-    texts: int | None
+    remark: str  # how large it is; what stands between the cosines and these recalls
     recalls: list[tuple[float | None, float | None]]
     rsum: float | None
     chance_rsum: float | None
@@ -85,9 +84,20 @@ class RecallRow:
 
 
 @dataclass(frozen=True)
+class MatchingRow:
+    """A matching gallery's line: the AUC in percent, and how many pairs match and do not."""
+
+    gallery: str
+    auc: float
+    positives: int | None
+    negatives: int | None
+
+
+@dataclass(frozen=True)
 class EvaluationSection:
     stage: StageRun
     rows: list[RecallRow] = field(default_factory=list)
+    matching: list[MatchingRow] = field(default_factory=list)
     examples: list[dict[str, Any]] = field(default_factory=list)
     unchecked: str | None = None  # why the training corpora were not checked against the galleries
 
@@ -201,14 +211,11 @@ def training_section(stage: StageRun) -> TrainingSection:
         ("Losses", r"loss/(.+)", True),
         ("Learning rate", r"train/(lr.*)", True),
         ("Temperature", r"train/(temperature.*)", False),
-        ("Validation: recalls in %", r"val/(\w+_r@\d+)", True),
-        ("Validation: Rsum", r"val/(rsum)", True),
+        ("Validation: recalls in %", r"val/((?:i2t|t2i)_r@\d+)", True),
+        ("Validation: Rsum", r"val/((?:cosine_)?rsum)", True),
+        ("Validation: AUC in %", r"val/(auc)", True),
     ):
-        found = {
-            match[1]: points
-            for name, points in series.items()
-            if (match := re.fullmatch(wanted, name)) and not match[1].startswith("chance")
-        }
+        found = {match[1]: points for name, points in series.items() if (match := re.fullmatch(wanted, name))}
         if found:
             charts.append(line_chart(title, found, from_zero=from_zero))
     return TrainingSection(stage, charts, int(rows[-1]["step"]) if rows else 0)
@@ -238,39 +245,63 @@ def evaluation_section(stage: StageRun) -> EvaluationSection:
     metrics, counts = stage.done["metrics"], stage.done["counts"]
     galleries = list(dict.fromkeys(name.split("/")[1] for name in metrics if name.startswith("eval/")))
 
-    def of(gallery: str, name: str) -> float | None:
-        return metrics.get(f"eval/{gallery}/{name}")
-
-    rows = [
-        RecallRow(
-            gallery,
-            counts.get(f"{gallery}_images"),
-            counts.get(f"{gallery}_texts"),
-            [(of(gallery, name), of(gallery, f"chance_{name}")) for name in RECALLS],
-            of(gallery, "rsum"),
-            of(gallery, "chance_rsum"),
-            of(gallery, "r@m"),
-            of(gallery, "chance_r@m"),
-        )
-        for gallery in galleries
-    ]
+    rows: list[RecallRow] = []
+    matching: list[MatchingRow] = []
+    for gallery in galleries:
+        before = f"eval/{gallery}/"
+        own = {name.removeprefix(before): metrics[name] for name in metrics if name.startswith(before)}
+        if "auc" in own:
+            sizes = (counts.get(f"{gallery}_{side}") for side in ("positives", "negatives"))
+            matching.append(MatchingRow(gallery, own["auc"], *sizes))
+        else:
+            rows += _recall_rows(gallery, own, counts)
     out = stage.directory / "out"
     examples = _json(out / "examples.json")
     config = RunDirectory(stage.directory).config() or {}
     unchecked = (config.get("config") or {}).get("unchecked")
     shown_ones = [_with_pictures(out, name, shown) for name, shown in examples.items()]
-    return EvaluationSection(stage, rows, shown_ones, unchecked)
+    return EvaluationSection(stage, rows, matching, shown_ones, unchecked)
+
+
+def _recall_rows(gallery: str, own: dict[str, float], counts: dict[str, int]) -> list[RecallRow]:
+    """A gallery's line; re-ranked, a second one of what the cosines alone gave."""
+
+    def row(name: str, remark: str, stage: str) -> RecallRow:
+        return RecallRow(
+            name,
+            remark,
+            [(own.get(f"{stage}{recall}"), own.get(f"chance_{recall}")) for recall in RECALLS],
+            own.get(f"{stage}rsum"),
+            own.get("chance_rsum"),
+            own.get(f"{stage}r@m"),
+            own.get("chance_r@m"),
+        )
+
+    images, texts = (counts.get(f"{gallery}_{side}") for side in ("images", "texts"))
+    remark = "" if images is None or texts is None else f"{images:,} images, {texts:,} texts"
+    ceilings = [(way, own[f"ceiling_{way}"]) for way in ("i2t", "t2i") if f"ceiling_{way}" in own]
+    if not ceilings:
+        return [row(gallery, remark, "")]
+    among = ", ".join(f"{value:.1f} % ({way})" for way, value in ceilings)
+    return [
+        row(gallery, f"{remark}; re-ranked: a right one is a candidate for {among}", ""),
+        row(f"{gallery}, by cosine", "before re-ranking", "cosine_"),
+    ]
 
 
 def _with_pictures(out: Path, name: str, shown: dict[str, Any]) -> dict[str, Any]:
-    """A gallery's examples with `uri` beside each `picture`: the file's content as a data URI."""
+    """A gallery's examples with `uri` beside each `picture`: the file's content as a data URI.
+
+    A direction that was not asked has no examples; only a matching gallery has `pairs`.
+    """
 
     def entry(value: dict[str, Any]) -> dict[str, Any]:
         return {**value, "uri": _data_uri(out, value["picture"]) if "picture" in value else None}
 
     return {
         "name": name,
-        **{key: value for key, value in shown.items() if key not in ("t2i", "i2t")},
+        **{key: value for key, value in shown.items() if key not in ("t2i", "i2t", "pairs")},
+        "pairs": [entry(pair) for pair in shown.get("pairs", [])],
         **{
             way: [
                 {
@@ -279,7 +310,7 @@ def _with_pictures(out: Path, name: str, shown: dict[str, Any]) -> dict[str, Any
                     "best_right": entry(asked["best_right"]),
                     "answers": [entry(a) for a in asked["answers"]],
                 }
-                for asked in shown[way]
+                for asked in shown.get(way, [])
             ]
             for way in ("t2i", "i2t")
         },

@@ -32,6 +32,7 @@ STATES = {
     "waiting": "dim",
 }
 RECALLS = ("i2t_r@1", "i2t_r@5", "i2t_r@10", "t2i_r@1", "t2i_r@5", "t2i_r@10", "rsum", "r@m")
+BESIDE = ("ceiling_i2t", "ceiling_t2i", "auc")
 
 
 def _cell(value: object) -> Text:
@@ -113,7 +114,10 @@ def _time(row: StageStatus) -> str:
 
 
 def of_recalls(metrics: dict[str, Any], title: str) -> Table | None:
-    """Galleries as rows, recalls as columns, chance beside them; None where nothing was evaluated."""
+    """Galleries as rows, recalls and AUC as columns, chance beside them; None where nothing was evaluated.
+
+    A gallery that was re-ranked has a second row: its recalls by cosine.
+    """
     galleries: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         parts = name.split("/")
@@ -121,7 +125,7 @@ def of_recalls(metrics: dict[str, Any], title: str) -> Table | None:
             galleries.setdefault(parts[1], {})[parts[2]] = value
     if not galleries:
         return None
-    columns = [name for name in RECALLS if any(name in values for values in galleries.values())]
+    columns = [name for name in RECALLS + BESIDE if any(name in values for values in galleries.values())]
     table = _table(f"{title} (%)", "gallery")
     for name in columns:
         table.add_column(name, justify="right")
@@ -133,6 +137,10 @@ def of_recalls(metrics: dict[str, Any], title: str) -> Table | None:
         if with_chance:
             cells.append(f"{values['chance_i2t_r@1']:.2f}" if "chance_i2t_r@1" in values else "")
         table.add_row(_cell(gallery), *cells)
+        if "cosine_r@m" in values:
+            before = [values.get(f"cosine_{name}") for name in columns]
+            told = ["" if value is None else f"{value:.1f}" for value in before]
+            table.add_row(_cell(f"{gallery}, by cosine"), *told, style="dim")
     return table
 
 
