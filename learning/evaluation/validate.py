@@ -3,17 +3,15 @@
 All ranks call these functions together, and all get the same result.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
-from torch import nn
 
 from data_tools.shards import ShardIndex
-from learning.evaluation.embed import embed_images, embed_texts, spread
+from learning.evaluation.embed import embed_images, embed_texts, evaluation_mode, spread
 from learning.evaluation.gallery import Gallery, TextField, gallery_of
 from learning.evaluation.metrics import chances, mean_of, recalls
 from learning.evaluation.retrieval import QUERY_BLOCK, RightAnswers, best_ranks
@@ -98,7 +96,7 @@ def evaluate_gallery(
     """
     device = torch.device(device)
     gallery = gallery_of(index, texts, relevance)
-    with _evaluation_mode(method):
+    with evaluation_mode(method):
         images = embed_images(
             method, index, transform, batch=batch, device=device, max_pixels=max_pixels, advance=advance
         )
@@ -150,15 +148,3 @@ def _ranks(
         return torch.from_numpy(ranks).to(home)
 
     return spread(len(queries), QUERY_BLOCK, block)
-
-
-@contextmanager
-def _evaluation_mode(method: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, then each as it was (a frozen normalisation stays frozen)."""
-    modes = {module: module.training for module in method.modules()}
-    method.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
