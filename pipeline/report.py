@@ -62,8 +62,8 @@ def context(run: RunView) -> dict[str, Any]:
         "crawls": [data.crawl_section(stage) for kind in ("crawl", "clean") for stage in of_kind[kind]],
         "corpora": [data.corpus_section(stage) for stage in of_kind["shard"]],
         "trainings": [data.training_section(s) for s in run.stages if s.kind in data.TRAINING_KINDS],
-        "attention": [shown for s in run.stages if s.kind == "evaluate" and (shown := data.attention_section(s))],
         "evaluations": [data.evaluation_section(s) for s in run.stages if s.kind == "evaluate"],
+        "attention": [section for s in run.stages if (section := data.attention_section(s))],
     }
 
 

@@ -28,7 +28,8 @@ from learning.training.randomness import stable_hash
 from stages.base import Frozen, Job
 
 PICTURE_PX = 224  # longer side of what is drawn
-HEAT = 0.6  # share of the colours in a map; the rest is the picture in grey
+HEAT = 0.6  # share of the colours in a map; the rest is the picture in grey,
+GREY = 0.5  # as bright as this: brightness is to tell of the map, not of a white background
 COLOURS = "viridis"  # even steps look even, in grey and to the colour-blind too
 
 
@@ -189,4 +190,5 @@ def overlay(picture: Image.Image, shares: Float32[np.ndarray, "side side"]) -> I
     values = (shares - shares.min()) / (span or 1.0)
     smooth = Image.fromarray(values.astype(np.float32)).resize(picture.size, Image.Resampling.BILINEAR)
     colours = Image.fromarray(colormaps[COLOURS](np.asarray(smooth), bytes=True)[..., :3].copy())
-    return Image.blend(picture.convert("L").convert("RGB"), colours, HEAT)
+    grey = picture.convert("L").point(lambda value: round(value * GREY))
+    return Image.blend(grey.convert("RGB"), colours, HEAT)
