@@ -71,6 +71,15 @@ class TrainingSection:
 
 
 @dataclass(frozen=True)
+class AttentionSection:
+    """Where a model looked: entries of attention.json with `picture_uri` and `map_uri`."""
+
+    stage: StageRun
+    gallery: str
+    maps: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class RecallRow:
     """A gallery's line of the recall table: (value, chance) a recall, in percent; None if missing."""
 
@@ -317,9 +326,23 @@ def _with_pictures(out: Path, name: str, shown: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _data_uri(out: Path, relative: str) -> str:
+def attention_section(stage: StageRun) -> AttentionSection | None:
+    """The attention maps, their pictures as data URIs; None where the stage is not done or drew none."""
+    out = stage.directory / "out"
+    path = out / "attention.json"
+    if stage.done is None or not path.exists():
+        return None
+    shown = _json(path)
+    maps = [
+        {**drawn, **{f"{role}_uri": _data_uri(out, drawn[role], path.name) for role in ("picture", "map")}}
+        for drawn in shown["maps"]
+    ]
+    return AttentionSection(stage, shown["gallery"], maps)
+
+
+def _data_uri(out: Path, relative: str, listed: str = "examples.json") -> str:
     if not _PICTURE.match(relative):
-        raise StageError(f"{out / 'examples.json'}: picture: '{relative}' is not pictures/<hash>.webp")
+        raise StageError(f"{out / listed}: picture: '{relative}' is not pictures/<hash>.webp")
     try:
         data = (out / relative).read_bytes()
     except OSError as error:

@@ -16,6 +16,7 @@ from learning.evaluation.matching import Matched
 from learning.evaluation.pairs import check_ranks_pairs
 from learning.evaluation.validate import Outcome
 from learning.training import distributed
+from stages.attention import AttentionMapsConfig, write_attention_maps
 from stages.base import Job, Report, StageConfig, StageError, Stopped
 from stages.evaluation_examples import Shown, matching_examples, retrieval_examples
 from stages.judged import Judged, judge
@@ -46,6 +47,9 @@ class Config(StageConfig):
     top_k: int = Field(default=8, ge=1, description="answers shown of each")
     thumbnail_px: int = Field(default=96, ge=16, le=512, description="longer side of a shown picture")
     max_pixels: int = Field(default=50_000_000, ge=1, description="a stored picture with more is refused")
+    attention_maps: AttentionMapsConfig | None = Field(
+        default=None, description="pictures of where a model with cross encoders looks; null: none"
+    )
     unchecked: str | None = Field(
         default=None,
         min_length=1,
@@ -69,6 +73,9 @@ class Config(StageConfig):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"galleries: name '{twice[0]}' stands twice; give each gallery its own name")
+        asked = self.attention_maps
+        if asked is not None and asked.gallery not in names:
+            raise ValueError(f"attention_maps.gallery: '{asked.gallery}'; allowed: {', '.join(names)}")
         return self
 
 
@@ -93,6 +100,10 @@ def _run(config: Config, job: Job, device: str) -> Report:
         g.name: config.data.open(corpus, g.split, job.recipe_directory) for g in config.galleries
     }  # a misspelt split fails at once
     _check_method(config, type(model.method))
+    shown = config.attention_maps
+    if shown is not None:  # first: so does what this model cannot show
+        gallery = next(g for g in config.galleries if g.name == shown.gallery)
+        write_attention_maps(shown, gallery.texts, model, indices[gallery.name], job, config.max_pixels)
     metrics: dict[str, float] = {}
     counts: dict[str, int] = {}
     examples: dict[str, Any] = {}

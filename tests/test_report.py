@@ -1,5 +1,6 @@
 """The report page: numbers where they belong, missing stages said, nothing from the web that could act."""
 
+import base64
 import json
 import re
 import shutil
@@ -135,6 +136,24 @@ def write_examples(directory: Path) -> None:
     (directory / "examples.json").write_text(json.dumps({"unseen_vendor": shown}))
 
 
+def write_attention(directory: Path) -> None:
+    """A map for each hostile text, on the pictures of `write_examples`."""
+    maps = [
+        {
+            "key": HOSTILE[number],
+            "title": HOSTILE[(number + 1) % len(HOSTILE)],
+            "entity": HOSTILE[(number + 2) % len(HOSTILE)],
+            "layer": 3,
+            "side": 7,
+            "peak": {"row": 0, "column": number % 7, "share": 0.25},
+            "picture": f"pictures/{number % 4:020x}.webp",
+            "map": f"pictures/{(number + 1) % 4:020x}.webp",
+        }
+        for number in range(len(HOSTILE))
+    ]
+    (directory / "attention.json").write_text(json.dumps({"gallery": "unseen_vendor", "maps": maps}))
+
+
 def evaluated() -> dict[str, float]:
     metrics = {"rsum": 333.25, "r@m": 55.54, "chance_rsum": 3.2, "chance_r@m": 0.53}
     for number, name in enumerate(f"{way}_r@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)):
@@ -176,6 +195,7 @@ def whole_run(root: Path) -> RunView:
         ]
         (log / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_examples(out(run, "evaluate"))
+    write_attention(out(run, "evaluate"))
     return RunView(run.name, run.recipe_path, run.root, run.stages, truth)
 
 
@@ -321,6 +341,41 @@ def test_curves_of_every_training_stage(html: str) -> None:
     assert len(lines) == 3 * 5  # total, ccl, lr, rsum and r@1 of three stages
     assert all(re.fullmatch(r"[\d., ]+", a["points"] or "") for a in lines)
     assert "chance_i2t" not in page.text
+
+
+def test_where_the_model_looks_stands_beside_the_picture_and_is_told_in_words(
+    run: RunView, html: str
+) -> None:
+    page = Page(html)
+    assert "Where the model looks" in page.text
+    assert "evaluate: unseen_vendor" in page.words()
+    figures = [place for place, (_, a) in enumerate(page.elements) if a.get("class") == "look"]
+    assert len(figures) == len(HOSTILE)
+    for number, place in enumerate(figures):
+        (first, picture), (second, drawn) = page.elements[place + 2 : place + 4]
+        assert (first, second) == ("img", "img")
+        title, entity = (HOSTILE[(number + step) % len(HOSTILE)] for step in (1, 2))
+        assert picture["alt"] == report.shortened(title)
+        column = f"row 1, column {number % 7 + 1} of 7 × 7"
+        assert drawn["alt"] == f"Attention of “{report.shortened(entity)}”, most in {column} patches"
+        for role, image in ((number % 4, picture), ((number + 1) % 4, drawn)):
+            data = base64.b64decode((image["src"] or "").partition(",")[2])
+            assert data == (out(run, "evaluate") / f"pictures/{role:020x}.webp").read_bytes()
+
+
+def test_attention_maps_that_are_damaged_are_named_and_ones_that_are_not_drawn_not_shown(
+    tmp_path: Path,
+) -> None:
+    run = whole_run(tmp_path)
+    path = out(run, "evaluate") / "attention.json"
+    content = json.loads(path.read_text())
+    content["maps"][0]["map"] = "pictures/../x.webp"
+    path.write_text(json.dumps(content))
+    with pytest.raises(StageError, match=r"attention.json: picture: 'pictures/../x.webp' is not"):
+        report.render(run)
+    path.unlink()
+    assert "Where the model looks" not in report.render(run)
+    assert "Where the model looks" not in report.render(view(tmp_path / "empty", {}))
 
 
 def test_stages_that_have_not_run_are_said_and_are_no_error(tmp_path: Path) -> None:
