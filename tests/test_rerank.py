@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.pictures import EncodedPicture
 from learning.evaluation.metrics import recalls
 from learning.evaluation.pairs import PairScorer
 from learning.evaluation.rerank import RerankConfig, Reranked, Side, rerank
@@ -200,18 +199,13 @@ def evaluated(corpus: Path, **changed: Any) -> Outcome:
 
 
 def all_pairs(corpus: Path, texts: list[str]) -> np.ndarray:
-    """The match probabilities of all images with all texts, an image at a time: (images, texts)."""
+    """The match probabilities of all images with all texts, each pair on its own: (images, texts)."""
     index, method, tokenizer = tiny_model.open_corpus(corpus), pair_case.method(), tiny_model.tokenizer()
     found = np.empty((len(index), len(texts)))
-    read = tokenizer.encode(texts, 12)
-    with torch.no_grad():
-        text_tokens = method.text_tokens(read)  # type: ignore[operator]
-        for i in range(len(index)):
-            picture = EncodedPicture(index.image_bytes(i), max_pixels=10_000, name=str(i))
-            image_tokens = method.image_tokens(tiny_model.transform().plain(picture)[None])  # type: ignore[operator]
-            for t in range(len(texts)):
-                tokens = text_tokens[t : t + 1], read.mask[t : t + 1]
-                found[i, t] = method.score_pairs(image_tokens, *tokens).item()  # type: ignore[operator]
+    scorer = PairScorer(method, tokenizer, tiny_model.transform(), index, 1, CPU, 12, 10_000)
+    for i in range(len(index)):
+        everyone = np.full(len(texts), i), np.arange(len(texts))
+        found[i] = scorer(*everyone, texts)
     return found
 
 
