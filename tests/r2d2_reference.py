@@ -51,7 +51,7 @@ def attention(x: Tensor, other: Tensor, state: State, name: str, heads: int) -> 
 def cross_layer(
     x: Tensor, other: Tensor, state: State, name: str, heads: int, eps: float = BERT_EPS
 ) -> tuple[Tensor, Tensor]:
-    """x attends to itself, then to `other`, then the FFN; the norm after each sum. And cross-attention's weights."""
+    """x attends to itself, then to `other`, then the FFN, the norm after each sum. And how x attends."""
 
     def summed(x: Tensor, y: Tensor, norm: str) -> Tensor:
         return torch.stack(
@@ -68,7 +68,7 @@ def cross_layer(
 def cross_encoder(
     x: Tensor, other: Tensor, state: State, name: str, layers: int, heads: int, eps: float = BERT_EPS
 ) -> tuple[Tensor, list[Tensor]]:
-    """One pair's tokens, x (n, d) and other (m, d), none of them padding: x after all layers, and the weights."""
+    """One pair's tokens, x (n, d) and other (m, d), none of them padding: x at the end, and the attention."""
     told = []
     for number in range(layers):
         x, weights = cross_layer(x, other, state, f"{name}.layers.{number}", heads, eps)
@@ -172,7 +172,9 @@ def mlm(logits: Sequence[Tensor], targets: Sequence[int]) -> Tensor:
     return torch.stack(losses).sum() / len(losses)
 
 
-def feature_guided_rows(student: Tensor, teacher: Tensor, centre: Tensor, tau_s: float, tau_t: float) -> Tensor:
+def feature_guided_rows(
+    student: Tensor, teacher: Tensor, centre: Tensor, tau_s: float, tau_t: float
+) -> Tensor:
     """Eq. 6 and L_c(P_s, P_t) of Eq. 7 for each sample of one side."""
     rows = []
     for f_s, f_t in zip(student, teacher.detach(), strict=True):
@@ -183,7 +185,7 @@ def feature_guided_rows(student: Tensor, teacher: Tensor, centre: Tensor, tau_s:
 
 
 def draw_negative(similarities: Sequence[float], same: Sequence[bool], uniform: float) -> int:
-    """The first key whose cumulated probability, ∝ exp of its similarity, is over `uniform`; -1: all are the same."""
+    """The first key whose cumulated probability, ∝ exp(similarity), is over `uniform`; -1: there is none."""
     allowed = [j for j, of_id in enumerate(same) if not of_id]
     if not allowed:
         return -1
@@ -224,7 +226,7 @@ class Momentum:
         image_features: Tensor,
         text_features: Tensor,
     ) -> None:
-        """`images`, `texts`: the teacher's unit features of all ranks' rows; the features are f_t of Eq. 6."""
+        """`images`, `texts`: the teacher's unit features of all ranks' rows; the features: f_t of Eq. 6."""
         for queue, rows in ((self.image_queue, images), (self.text_queue, texts)):
             queue.weights[:] = [weight * self.decay for weight in queue.weights]
             for row, number in zip(rows, ids, strict=True):

@@ -40,7 +40,9 @@ CASES: dict[int, tuple[Case, ...]] = {
     ),
     4: (
         Case((2, 2, 2, 2), ((7, 5, 3), (6, 0), (1,), (0, 4, 2, 7)), stated=False),
-        Case((4, 1, 3, 2), ((9, 4, 4), (), (0, 9, 5, 0), (3, 4))),  # rank 2's row 5 alone, rank 1 wants nothing
+        Case(
+            (4, 1, 3, 2), ((9, 4, 4), (), (0, 9, 5, 0), (3, 4))
+        ),  # rank 2's row 5 alone, rank 1 wants nothing
         Case((1, 4, 2, 3), ((3, 2), (3,), (4, 1), (2, 3, 3))),  # all of rank 1
     ),
 }
@@ -123,7 +125,7 @@ def together(rank: int, world_size: int, cases: tuple[Case, ...]) -> list[dict[s
 
 
 def others(whole: Tensor, first: int, case: Case, rank: int, places: Tensor) -> list[bool]:
-    """Whole numbers, truth values and half precision, by one question; and what needs no gradient stays so."""
+    """Whole numbers, truth values and half precision by one question; what needs no gradient stays so."""
     own = slice(first, first + case.rows[rank])
     exchange = Exchange(places, case.rows)
     numbers = torch.arange(sum(case.rows)) * 11 - 3
@@ -177,7 +179,9 @@ def late_rows(rank: int, world_size: int) -> list[bool]:
     fetched = fetch_rows(x, torch.zeros(256, dtype=torch.int64), (1,) * world_size)
     sum_over_ranks(fetched.float().sum()).backward()
     assert x.grad is not None
-    expected = 256.0 * world_size**2 if rank == 0 else 0.0  # each of 256 rows of every rank, times the factor W
+    expected = (
+        256.0 * world_size**2 if rank == 0 else 0.0
+    )  # each of 256 rows of every rank, times the factor W
     return [x.grad.dtype == torch.bfloat16, bool((x.grad.float() == expected).all())]
 
 
