@@ -38,7 +38,7 @@ class TransformerLayer(nn.Module):
         self.widen = nn.Linear(dimension, intermediate)
         self.narrow = nn.Linear(intermediate, dimension)
         self.ffn_norm = nn.LayerNorm(dimension)
-        _initialise_linear(self)
+        initialise_linear(self)
 
     def forward(
         self, x_bnd: Float[Tensor, "b n d"], keep_b11n: Tensor | None = None
@@ -110,7 +110,7 @@ class FullyConnected(nn.Module):
         return x_bnd
 
 
-def _initialise_linear(module: nn.Module) -> None:
+def initialise_linear(module: nn.Module) -> None:
     """Truncated normal of 0.02 for the weights of the linear layers in `module`, zero for their biases."""
     for part in module.modules():
         if isinstance(part, nn.Linear):

@@ -59,8 +59,8 @@ class Contrast:
         joined = torch.cat(list(self.own.values()), dim=1)  # one collective for all views
         parts = gather(joined, rows_by_rank).split(widths, dim=1)
         self.every = dict(zip(self.own, parts, strict=True))
-        each = [len(joined)] * world_size() if rows_by_rank is None else list(rows_by_rank)
-        self.first, self.rows = sum(each[: rank()]), sum(each)
+        self.each = [len(joined)] * world_size() if rows_by_rank is None else list(rows_by_rank)
+        self.first, self.rows = sum(self.each[: rank()]), sum(self.each)
 
     def info_nce(
         self,

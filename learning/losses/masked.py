@@ -1,0 +1,47 @@
+"""Masked language modelling: which tokens are asked for, and their cross-entropy."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from learning.losses.contrastive import widened
+
+
+class Masked(NamedTuple):
+    """The masked tokens of each text, in their order; texts with fewer than k are filled up."""
+
+    places_bk: Int64[Tensor, "b k"]
+    asked_bk: Bool[Tensor, "b k"]  # False: filled up, not masked
+    targets_bk: Int64[Tensor, "b k"]  # the ids that stood there
+
+
+def masked_places(plain_bm: Int64[Tensor, "b m"], masked_bm: Int64[Tensor, "b m"], share: float) -> Masked:
+    """Where a masked view of texts differs from the plain one, at most max(1, round(share · m)) places each.
+
+    `share` as in `MaskedTokens`. Shapes depend on m alone, so that no kernel waits for a count. Raises
+    ValueError when the views have not one shape.
+    """
+    if plain_bm.shape != masked_bm.shape:
+        raise ValueError(
+            f"the masked view of the texts is {tuple(masked_bm.shape)}, the plain one {tuple(plain_bm.shape)}"
+        )
+    most = max(1, round(share * plain_bm.shape[1]))
+    differs = (plain_bm != masked_bm).long()
+    places = differs.argsort(dim=1, descending=True, stable=True)[:, :most]
+    return Masked(places, differs.gather(1, places).bool(), plain_bm.gather(1, places))
+
+
+def rows_at(tokens_bmd: Float[Tensor, "b m d"], places_bk: Int64[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+    """The tokens at some places of each row."""
+    return tokens_bmd.gather(1, places_bk[:, :, None].expand(-1, -1, tokens_bmd.shape[2]))
+
+
+def masked_token_rows(logits_bkv: Float[Tensor, "b k v"], masked: Masked) -> Float[Tensor, "b k"]:
+    """The cross-entropy at each place; 0 where none is asked. Half precision is computed in fp32."""
+    losses = F.cross_entropy(
+        widened(logits_bkv).flatten(0, 1), masked.targets_bk.flatten(), reduction="none"
+    ).view_as(masked.targets_bk)
+    return torch.where(masked.asked_bk, losses, 0.0)
