@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from learning.encoders.cross import CrossEncoder
 from learning.encoders.momentum import Centre, FeatureQueue, Momentum
 from tests import r2d2_reference as reference
+from tests.r2d2_case import stored
 from tests.r2d2_reference import Stored
 
 DOUBLE = torch.float64
@@ -87,30 +88,17 @@ def test_wrong_sizes_and_layers_are_named() -> None:
 # ------------------------------------------------------------------------------------------------- queues
 
 
-def kept(queue: FeatureQueue) -> Stored:
-    """What a queue has, the oldest first."""
-    content = queue.content()
-    assert content.ids_m is not None and content.weights_m is not None
-    order = [(int(queue.pointer) + i) % queue.size for i in range(queue.size)]
-    order = [slot for slot in order if content.weights_m[slot] > 0]
-    return Stored(
-        [content.keys_md[slot] for slot in order],
-        [int(content.ids_m[slot]) for slot in order],
-        [float(content.weights_m[slot]) for slot in order],
-    )
-
-
 def test_a_queue_keeps_the_last_features_with_fading_weights() -> None:
     """Batches that fit, that go round the end, that fill it whole, and one that is larger than it."""
     queue, generator = FeatureQueue(7, 3, 0.99).double(), torch.Generator().manual_seed(0)
     plain = reference.Momentum({}, 7, torch.zeros(3), torch.zeros(3))
-    assert kept(queue) == Stored()
+    assert stored(queue) == Stored()
     for step, count in enumerate((2, 3, 4, 7, 1, 5, 17, 6, 7, 2)):
         features = torch.randn(count, 3, generator=generator, dtype=DOUBLE)
         ids = torch.arange(count) + 100 * step
         queue.push(features, ids)
         plain.after_step({}, features, features, ids.tolist(), features, features)
-        found, expected = kept(queue), plain.text_queue
+        found, expected = stored(queue), plain.text_queue
         assert found.ids == expected.ids
         assert found.weights == pytest.approx(expected.weights, rel=1e-14)
         assert torch.equal(torch.stack(found.features), torch.stack(expected.features))
@@ -247,7 +235,7 @@ def test_state_goes_through_a_file_bit_by_bit() -> None:
     other.load_state_dict(torch.load(data, weights_only=True))
     for each in (queue, other):
         each.push(torch.ones(1, 3), torch.tensor([77]))
-    one, two = kept(queue), kept(other)
+    one, two = stored(queue), stored(other)
     assert (one.ids, one.weights) == (two.ids, two.weights)
     assert torch.equal(torch.stack(one.features), torch.stack(two.features))
     assert torch.equal(copy.deepcopy(queue).features, queue.features)

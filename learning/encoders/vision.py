@@ -3,6 +3,7 @@
 import difflib
 import re
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +92,8 @@ class VisionEncoder(Layered):
                 f"images of {images.shape[-2]}x{images.shape[-1]} px; "
                 f"model.vision.image_px is {self.config.image_px}"
             )
-        dtype = next(self.backbone.parameters()).dtype
+        weights = chain(self.backbone.parameters(), self.backbone.buffers())  # a teacher has buffers alone
+        dtype = next(weight.dtype for weight in weights if weight.is_floating_point())
         images = images.to(dtype).contiguous(memory_format=torch.channels_last)  # the faster layout for CNNs
         learns = any(parameter.requires_grad for parameter in self.backbone.parameters())
         with nullcontext() if learns else torch.no_grad():
