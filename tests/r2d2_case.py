@@ -151,14 +151,12 @@ class Seen:
 
 @dataclass
 class Told:
-    """The losses, and what the teacher said: unit features and features before that, of both sides."""
+    """The losses, and the teacher's unit features of both sides."""
 
     losses: dict[str, Tensor]
     negatives: list[int]  # texts of the images, then images of the texts
     images: Tensor
     texts: Tensor
-    image_features: Tensor
-    text_features: Tensor
 
 
 class Plain:
@@ -179,29 +177,29 @@ class Plain:
 
     def told(self) -> Told:
         losses, wanted = {}, self.model.losses
-        image = torch.stack([self._image_feature(tokens) for tokens in self.clean.images])
-        text = torch.stack([self._text_feature(tokens) for tokens in self.clean.texts])
-        images, texts = _units(image), _units(text)
-        teacher_image, teacher_text = self._teacher() if self.kept.teacher else (image, text)
-        units = _units(teacher_image), _units(teacher_text)
+        images = torch.stack([self.image_feature(tokens) for tokens in self.clean.images])
+        texts = torch.stack([self.text_feature(tokens) for tokens in self.clean.texts])
+        taught = self._teacher() if self.kept.teacher else (images, texts)
         if "gcpr" in wanted:
             losses["gcpr"] = reference.gcpr(images, texts, self.tau, self.ids)
         if "gcpr_tgd" in wanted:
             queues = self.kept.image_queue, self.kept.text_queue
             alpha = self.config.teacher.alpha
-            losses["gcpr_tgd"] = reference.gcpr_tgd(images, texts, *units, self.tau, alpha, self.ids, *queues)
+            losses["gcpr_tgd"] = reference.gcpr_tgd(
+                images, texts, *taught, self.tau, alpha, self.ids, *queues
+            )
         negatives: list[int] = []
         if "fgr" in wanted or "mlm" in wanted:
             negatives = self._negatives(images, texts)
             losses |= self._ranking(negatives)
         if "fgd" in wanted:
-            losses["fgd"] = self._feature_guided(teacher_image, teacher_text)
+            losses["fgd"] = self._feature_guided(*taught)
         if "match" in wanted:
             labels = self.batch.labels[self.config.match_label].tolist()
             pairs = zip(self.clean.images, self.clean.texts, labels, strict=True)
-            judged = [(*self._judged(one, two)[:2], label) for one, two, label in pairs]
+            judged = [(*self.judged(one, two)[:2], label) for one, two, label in pairs]
             losses["match"] = reference.fgr(judged, self.config.match_weights)
-        return Told({name: losses[name] for name in wanted}, negatives, *units, teacher_image, teacher_text)
+        return Told({name: losses[name] for name in wanted}, negatives, *taught)
 
     # -------------------------------------------------------------------------------------------- towers
 
@@ -222,16 +220,16 @@ class Plain:
             found.append((tower(text) if state is None else functional_call(tower, own, (text,)))[0])
         return found
 
-    def _with_cls(self, tokens: Tensor) -> Tensor:
+    def with_cls(self, tokens: Tensor) -> Tensor:
         if self.config.image_cls == "first":
             return tokens
         return torch.stack([sum(tokens, torch.zeros(())) / len(tokens), *tokens])
 
-    def _image_feature(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        return linear(self._with_cls(tokens)[0], state or self.state, "image_projection")
+    def image_feature(self, tokens: Tensor, state: State | None = None) -> Tensor:
+        return unit(linear(self.with_cls(tokens)[0], state or self.state, "image_projection"))
 
-    def _text_feature(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        return linear(tokens[0], state or self.state, "text_projection")
+    def text_feature(self, tokens: Tensor, state: State | None = None) -> Tensor:
+        return unit(linear(tokens[0], state or self.state, "text_projection"))
 
     @torch.no_grad()
     def _teacher(self) -> tuple[Tensor, Tensor]:
@@ -240,8 +238,8 @@ class Plain:
         images = self._images("image", state) if trained else self.clean.images
         texts = self._texts("text", state)
         return (
-            torch.stack([self._image_feature(tokens, state) for tokens in images]),
-            torch.stack([self._text_feature(tokens, state) for tokens in texts]),
+            torch.stack([self.image_feature(tokens, state) for tokens in images]),
+            torch.stack([self.text_feature(tokens, state) for tokens in texts]),
         )
 
     # ------------------------------------------------------------------------------------------- ranking
@@ -266,13 +264,13 @@ class Plain:
         judged, logits, targets = [], [], []
         for i in range(count):
             if "fgr" in self.model.losses:
-                by_image, by_text, _ = self._judged(images[i], hidden_texts[i] if enhanced else texts[i])
-                judged.append((by_image, by_text, 1))
-                for image, text in ((i, negatives[i]), (negatives[count + i], i)):
+                pairs = [(i, i, 1), (i, negatives[i], 0), (negatives[count + i], i, 0)]
+                for image, text, label in pairs:
                     if image >= 0 and text >= 0:
-                        judged.append((*self._judged(images[image], texts[text])[:2], 0))
+                        read = hidden_texts[text] if enhanced else texts[text]
+                        judged.append((*self.judged(images[image], read)[:2], label))
             if masks:
-                after = self._judged(images[i], hidden_texts[i])[2]
+                after = self.judged(images[i], hidden_texts[i])[2]
                 plain, masked = (self.batch.texts[view].ids[i].tolist() for view in ("text", "text_masked"))
                 for place in (place for place in range(len(plain)) if plain[place] != masked[place]):
                     logits.append(self._mlm_logits(after[place]))
@@ -282,10 +280,10 @@ class Plain:
             losses["fgr"] = reference.fgr(judged, self.config.match_weights)
         return losses
 
-    def _judged(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def judged(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both encoders' logits of a pair, and the text's tokens after the text-image encoder."""
         state = self.state
-        x = torch.stack([linear(row, state, "ranking.image_fusion") for row in self._with_cls(image)])
+        x = torch.stack([linear(row, state, "ranking.image_fusion") for row in self.with_cls(image)])
         y = torch.stack([linear(row, state, "ranking.text_fusion") for row in text])
         by_image, by_text = self._crossed("image_text", x, y), self._crossed("text_image", y, x)
         logits = [linear(tokens[0], state, "ranking.match_head") for tokens in (by_image, by_text)]
@@ -304,8 +302,8 @@ class Plain:
     # --------------------------------------------------------------------------------- feature-guided
 
     def _feature_guided(self, teacher_image: Tensor, teacher_text: Tensor) -> Tensor:
-        image = torch.stack([self._image_feature(tokens) for tokens in self._masked_images()])
-        text = torch.stack([self._text_feature(tokens) for tokens in self._texts("text_masked")])
+        image = torch.stack([self.image_feature(tokens) for tokens in self._masked_images()])
+        text = torch.stack([self.text_feature(tokens) for tokens in self._texts("text_masked")])
         config, kept = self.config.teacher, self.kept
         temperatures = config.student_temperature, config.teacher_temperature
         by_image = reference.feature_guided_rows(image, teacher_image, kept.image_centre, *temperatures)
@@ -325,7 +323,3 @@ class Plain:
             order = sorted(range(n), key=lambda place: scores[i * n + place])
             found.append(tokens[order[: n - left_out]])
         return found
-
-
-def _units(features: Tensor) -> Tensor:
-    return torch.stack([unit(row) for row in features])

@@ -217,16 +217,8 @@ class Momentum:
     image_queue: Stored = field(default_factory=Stored)
     text_queue: Stored = field(default_factory=Stored)
 
-    def after_step(
-        self,
-        student: State,
-        images: Tensor,
-        texts: Tensor,
-        ids: Sequence[int],
-        image_features: Tensor,
-        text_features: Tensor,
-    ) -> None:
-        """`images`, `texts`: the teacher's unit features of all ranks' rows; the features: f_t of Eq. 6."""
+    def after_step(self, student: State, images: Tensor, texts: Tensor, ids: Sequence[int]) -> None:
+        """`images`, `texts`: the teacher's unit features of all ranks' rows, f_t of Eq. 6."""
         for queue, rows in ((self.image_queue, images), (self.text_queue, texts)):
             queue.weights[:] = [weight * self.decay for weight in queue.weights]
             for row, number in zip(rows, ids, strict=True):
@@ -235,8 +227,8 @@ class Momentum:
                 queue.weights.append(1.0)
             for values in (queue.features, queue.ids, queue.weights):
                 del values[: max(0, len(values) - self.size)]
-        self.image_centre = self._centre(self.image_centre, image_features)
-        self.text_centre = self._centre(self.text_centre, text_features)
+        self.image_centre = self._centre(self.image_centre, images)
+        self.text_centre = self._centre(self.text_centre, texts)
         for name, value in self.teacher.items():
             self.teacher[name] = self.momentum * value + (1 - self.momentum) * student[name].detach()
 

@@ -271,11 +271,11 @@ def test_pairs_are_scored_and_attended_to_as_the_reference_does(changed: dict[st
     scores = model.score_pairs(image_tokens, text_tokens, text.mask)
     state = dict(model.named_parameters())
     for i, (image, words) in enumerate(zip(plain.clean.images, plain.clean.texts, strict=True)):
-        logits = plain._judged(image, words)[:2]
+        logits = plain.judged(image, words)[:2]
         probabilities = [r2d2_reference.soft_max(list(each))[1] for each in logits]
         torch.testing.assert_close(scores[i], (probabilities[0] + probabilities[1]) / 2)
         x = torch.stack(
-            [reference.linear(row, state, "ranking.image_fusion") for row in plain._with_cls(image)]
+            [reference.linear(row, state, "ranking.image_fusion") for row in plain.with_cls(image)]
         )
         y = torch.stack([reference.linear(row, state, "ranking.text_fusion") for row in words])
         told = r2d2_reference.cross_encoder(y, x, state, "ranking.text_image", 2, HEADS)[1]
@@ -286,12 +286,12 @@ def test_pairs_are_scored_and_attended_to_as_the_reference_does(changed: dict[st
     for found, features in zip(
         units,
         (
-            [plain._text_feature(tokens) for tokens in plain.clean.texts],
-            [plain._image_feature(tokens) for tokens in plain.clean.images],
+            [plain.text_feature(tokens) for tokens in plain.clean.texts],
+            [plain.image_feature(tokens) for tokens in plain.clean.images],
         ),
         strict=True,
     ):
-        torch.testing.assert_close(found, torch.stack([reference.unit(row) for row in features]))
+        torch.testing.assert_close(found, torch.stack(features))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -125,15 +125,7 @@ def plain(case: Case) -> dict[str, Any]:
             gradients[name] = gradient.clone()
             parameter.data -= RATE * gradient
         if kept.teacher:
-            ids = batch.ids.tolist()
-            kept.after_step(
-                dict(model.named_parameters()),
-                told.images,
-                told.texts,
-                ids,
-                told.image_features,
-                told.text_features,
-            )
+            kept.after_step(dict(model.named_parameters()), told.images, told.texts, batch.ids.tolist())
     found = {"losses": losses, "gradients": gradients} | state(model)
     if kept.teacher:
         found["teacher"] = kept.teacher

@@ -97,7 +97,7 @@ def test_a_queue_keeps_the_last_features_with_fading_weights() -> None:
         features = torch.randn(count, 3, generator=generator, dtype=DOUBLE)
         ids = torch.arange(count) + 100 * step
         queue.push(features, ids)
-        plain.after_step({}, features, features, ids.tolist(), features, features)
+        plain.after_step({}, features, features, ids.tolist())
         found, expected = stored(queue), plain.text_queue
         assert found.ids == expected.ids
         assert found.weights == pytest.approx(expected.weights, rel=1e-14)
