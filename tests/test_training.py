@@ -81,6 +81,13 @@ def test_a_wrong_config_is_refused_with_the_field(changed: dict[str, Any], messa
     assert message in str(raised.value)
 
 
+def test_a_loss_of_weight_null_is_left_out() -> None:
+    config = Config(**config_values(losses={"ccl": 1.0, "hinge": None}))
+    assert config.losses == {"ccl": 1.0}
+    with pytest.raises(ValidationError, match="at least 1"):
+        Config(**config_values(losses={"ccl": None}))
+
+
 def test_cosmetic_fields_exist() -> None:
     for name in Config.cosmetic:
         fields: Any = Config.model_fields
