@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from learning import methods, model_files
@@ -13,12 +14,16 @@ from learning.training.augment import ImageTransform
 from learning.training.checkpoint_files import Writer
 from learning.training.deepspeed_setup import read_deepspeed_config
 from learning.training.engine import Engine, OptimizerConfig
+from stages.base import Stopped
+from stages.finetune import Config as FinetuneConfig
+from stages.finetune import run as run_finetune
+from stages.pretrain import Config, run
 from stages.training_run import load_upstream
 from tests import r2d2_case, tiny_model
 from tests.distributed_harness import run_distributed
 from tests.r2d2_case import CNN, EQ_8, MODEL, PX, build, momentum
 from tests.test_engine import Skipping
-from tests.training_case import CONFIGS
+from tests.training_case import CONFIGS, config_values, make_job, write_corpus
 
 COUNT, BEFORE, AFTER = 8, 3, 3
 FP32 = [f"zero{stage}_fp32" for stage in range(4)]
@@ -316,3 +321,30 @@ def test_the_model_written_out_has_no_teacher_and_is_fine_tuned(tmp_path: Path) 
             assert r2d2_case.stored(method.queues["text"]).ids == []
         terms = method(r2d2_case.batch(method.double(), 4))
         assert all(loss.isfinite() for loss in terms.losses.values())
+
+
+@pytest.mark.slow
+def test_a_stage_that_stops_goes_on_to_the_same_model(tmp_path: Path) -> None:
+    """From a corpus, with dropout; every step after the stop reads teacher, queues and centres."""
+    corpus = write_corpus(tmp_path / "shard/out", {"train": 19})
+    model = MODEL | {"text": MODEL["text"] | {"dropout": 0.1}, "dropout": 0.1, "image_view": "randaugment"}
+    values = config_values(model=model, losses=dict.fromkeys(EQ_8, 1.0), epochs=3)
+    run(Config(**values), make_job(tmp_path / "straight", corpus))
+    with pytest.raises(Stopped):
+        run(Config(**values), make_job(tmp_path / "stopped", corpus, stop_after=3))
+    report = run(Config(**values), make_job(tmp_path / "stopped", corpus))
+    assert {f"loss/{name}" for name in EQ_8} <= set(report.metrics)
+    one, other = (load_file(tmp_path / name / "out/model.safetensors") for name in ("straight", "stopped"))
+    assert unequal(one, other) == []
+    assert not momenta(one)
+    upstream = tmp_path / "straight"
+    (upstream / "DONE.json").write_text("{}")
+    tuned = config_values(
+        kind="finetune",
+        model=model,
+        losses={"gcpr": 1.0, "fgr": 1.0},
+        epochs=1,
+        inputs=values["inputs"] | {"weights": "x"},
+    )
+    run_finetune(FinetuneConfig(**tuned), make_job(tmp_path / "tuned", corpus, weights=upstream))
+    assert set(load_file(tmp_path / "tuned/out/model.safetensors")) == set(one)
