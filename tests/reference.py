@@ -8,11 +8,11 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 
-def layer_norm(x: Tensor, state: State, name: str) -> Tensor:
+def layer_norm(x: Tensor, state: State, name: str, eps: float = 1e-5) -> Tensor:
     """Ba et al. 2016, Eq. 4, for one vector."""
     mean = x.sum() / len(x)
     variance = ((x - mean) ** 2).sum() / len(x)
-    return (x - mean) / torch.sqrt(variance + 1e-5) * state[f"{name}.weight"] + state[f"{name}.bias"]
+    return (x - mean) / torch.sqrt(variance + eps) * state[f"{name}.weight"] + state[f"{name}.bias"]
 
 
 def linear(x: Tensor, state: State, name: str) -> Tensor:

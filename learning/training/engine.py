@@ -139,8 +139,9 @@ class Engine:
             objective, adamw, deepspeed_config, batch_per_gpu, gradient_clip, log_file
         )
         if self.dtype != torch.float32:
-            for statistic in self._own_statistics().values():
-                statistic.data = statistic.data.to(self.dtype)  # kernels want that of scale and shift
+            for name, statistic in self._own_statistics().items():
+                if not name.startswith(method.training_only):  # a teacher's scale and shift are in fp32
+                    statistic.data = statistic.data.to(self.dtype)  # kernels want that of scale and shift
         holding = (self._optimizer, method, self.stage, self.dtype)
         self._ema = None if ema is None else Ema(lambda: held_weights(*holding), ema)
 

@@ -28,6 +28,10 @@ class Exchange:
 
         `rows_by_rank`: rows of every rank. Raises ValueError for a place that is not in the batch.
         """
+        batch = sum(rows_by_rank)
+        outside = wanted[(wanted < 0) | (wanted >= batch)].tolist()
+        if outside:
+            raise ValueError(f"wanted: {outside} are no rows of a batch of {batch}; rows are 0 … {batch - 1}")
         self.wanted, self.rows = wanted, int(rows_by_rank[rank()])
         self._route = _route(wanted, rows_by_rank) if world_size() > 1 else None
 
@@ -76,8 +80,6 @@ def _route(wanted: Int64[Tensor, " k"], rows_by_rank: Sequence[int]) -> _Route:
     order = owners.argsort(stable=True)
     # both are short: a number a rank, and a number a row
     arriving = torch.bincount(owners, minlength=len(ends))
-    if len(arriving) > len(ends) or bool((wanted < 0).any()):
-        raise ValueError(f"wanted: {wanted.tolist()} are not all rows of a batch of {int(ends[-1])}")
     leaving = torch.empty_like(arriving)
     dist.all_to_all_single(leaving, arriving)
     inside = wanted[order] - (ends - torch.tensor(rows_by_rank, device=ends.device))[owners[order]]
