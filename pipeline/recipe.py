@@ -197,7 +197,7 @@ def _stage(name: str, values: dict[str, Any], source: Source) -> StageConfig:
         config = config_class.model_validate(values)
     except ValidationError as error:
         raise recipe_errors.explain(error, config_class, location, source) from error
-    allowed = (*config.roles, *config.optional_roles)
+    allowed = tuple(dict.fromkeys((*config.roles, *config.optional_roles, *sorted(config.roles_named()))))
     for role in config.inputs:
         if role not in allowed:
             raise StageError(

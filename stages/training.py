@@ -73,7 +73,9 @@ class TrainingConfig(StageConfig):
     version: ClassVar[int] = 2  # dropout is drawn by step and rank
 
     model: dict[str, Any] = Field(description="validated by the Config of the method that it names")
-    losses: dict[str, float] = Field(min_length=1, description="weight of each loss in the sum")
+    losses: dict[str, float] = Field(
+        min_length=1, description="weight of each loss in the sum; null leaves a loss of `extends` out"
+    )
     data: DataConfig = DataConfig()
     contrastive_batch: int = Field(
         ge=2, description="samples over all ranks that are contrasted with each other"
@@ -129,6 +131,13 @@ class TrainingConfig(StageConfig):
     )
 
     model_config = ConfigDict(populate_by_name=True)
+
+    @field_validator("losses", mode="before")
+    @classmethod
+    def _left_out(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {name: weight for name, weight in values.items() if weight is not None}
 
     @field_validator("model")
     @classmethod
