@@ -134,10 +134,27 @@ def _follow(
         if step is None and not _has(values, part):
             continue  # the tag of a union
         kept.append(part)
-        owner = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        owner = _owner(candidates, values)
         candidates = step or []
         values = _dig(values, [part])
     return tuple(kept), owner
+
+
+def _owner(candidates: Sequence[Any], values: Any) -> type[BaseModel] | None:
+    """The model among the candidates; of several, the one whose tags `values` has."""
+    models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+    return next((model for model in models if _has_tags(model, values)), models[0] if models else None)
+
+
+def _has_tags(model: type[BaseModel], values: Any) -> bool:
+    """Whether every field of one allowed value (`tower: clip`) has that value, written or by default."""
+    for name, field in model.model_fields.items():
+        allowed = typing.get_args(field.annotation)
+        if typing.get_origin(field.annotation) is typing.Literal and len(allowed) == 1:
+            found = values.get(name, field.default) if isinstance(values, dict) else field.default
+            if found != allowed[0]:
+                return False
+    return True
 
 
 def _has(values: Any, part: str | int) -> bool:

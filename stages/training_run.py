@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data_tools.shards import ShardIndex
 from learning import methods, model_files
+from learning.encoders.image_tower import with_fitted_towers
 from learning.evaluation.gallery import texts_of
 from learning.evaluation.validate import validate
 from learning.methods.base import Method, MethodConfig
@@ -162,8 +163,9 @@ class _Training:
             return None
         device = distributed.device()
         own = copy.deepcopy(tower).eval().to(device)
-        pixels = self.transform
-        name = identity(own, pixels.image_px, pixels.mean, pixels.std, self.index.sha256)
+        # All of the config but where the weights were: they count by what they are
+        how = own.config.model_dump(mode="json", exclude={"weights", "key_order"})
+        name = identity(own, how, self.index.sha256)
         return TowerTokens(
             lambda pixels: own(pixels.to(device)),
             len(self.index),
@@ -355,8 +357,12 @@ def load_upstream(
     dropped_parts: tuple[str, ...],
     source: Path,
 ) -> None:
-    """Start `method` from upstream weights. Raises ValueError that names every key that does not fit."""
+    """Start `method` from upstream weights, of another `image_px` where the image tower can be fitted.
+
+    Raises ValueError that names every key that does not fit.
+    """
     own = method.state_dict()
+    state = with_fitted_towers(method, state)
     missing = sorted(name for name in set(own) - set(state) if not name.startswith(new_parts or ("\0",)))
     extra = sorted(name for name in set(state) - set(own) if not name.startswith(dropped_parts or ("\0",)))
     shapes = sorted(

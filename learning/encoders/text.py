@@ -1,6 +1,5 @@
 """The text tower: BERT, from a local directory or from scratch, unpooled (COOKIE, Sec. III-A b)."""
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from learning.encoders.layers import Layered
+from learning.encoders.local_model import check_sizes, read_config, resolve_sizes, weights_file
 from learning.encoders.weights import load_by_name, read_weights
 from learning.methods.base import Texts
 
@@ -58,21 +58,7 @@ class TextConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _resolve(cls, values: Any) -> Any:
-        """Spell out a preset's sizes. A local BERT's must be in the recipe: a saved model needs them."""
-        if not isinstance(values, dict):
-            return values
-        name = values.get("name")
-        if name is None:
-            absent = [field for field in ("layers", "width", "heads", "intermediate") if field not in values]
-            directory = Path(str(values.get("weights")))
-            if absent and values.get("weights") is not None and (directory / "config.json").is_file():
-                raise ValueError(f"{absent[0]}: missing; {_told(directory)}")
-            return values
-        if name in PRESETS:
-            return {**PRESETS[name], **_agreeing(values, PRESETS[name], name)}
-        if (Path(str(name)) / "config.json").is_file():
-            raise ValueError(f"name: '{name}' is a directory, not a preset; {_told(Path(str(name)))}")
-        raise ValueError(f"name: '{name}' is not a preset; allowed: {', '.join(PRESETS)}, or null with sizes")
+        return resolve_sizes(values, PRESETS, read_sizes, "BERT")
 
     @model_validator(mode="after")
     def _check(self) -> "TextConfig":
@@ -140,17 +126,8 @@ class TextEncoder(Layered):
 
     def _load(self, directory: Path, vocabulary_size: int) -> None:
         field = "model.text.weights"
-        sizes = read_sizes(directory)
-        for name, value in sizes.items():
-            if getattr(self.config, name) != value:
-                raise ValueError(
-                    f"{field}: {directory / 'config.json'}: {name} is {value}, but the recipe's "
-                    f"model.text.{name} is {getattr(self.config, name)}; set it to {value}"
-                )
-        files = [directory / name for name in ("model.safetensors", "pytorch_model.bin")]
-        path = next((path for path in files if path.is_file()), None)
-        if path is None:
-            raise ValueError(f"{field}: {directory}: has neither model.safetensors nor pytorch_model.bin")
+        check_sizes(self.config, directory, read_sizes(directory), "model.text")
+        path = weights_file(directory, "model.text")
         found = {_bare(name): value for name, value in read_weights(path, field).items()}
         table = "embeddings.word_embeddings.weight"
         if table in found and len(found[table]) < vocabulary_size:
@@ -164,18 +141,10 @@ class TextEncoder(Layered):
         load_by_name(self.bert, found, ["pooler.", "cls.", "embeddings.position_ids"], f"{field}: {path}")
 
 
-def _told(directory: Path) -> str:
-    sizes = ", ".join(f"{field}: {size}" for field, size in read_sizes(directory).items())
-    return f"for this BERT say {{{sizes}, weights: {directory}}}"
-
-
 def read_sizes(directory: Path) -> dict[str, int]:
     """The sizes in a local BERT's config.json, by the recipe's names; ValueError names file and key."""
     path = directory / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.text: {path}: cannot be read: {error}; give a local HF directory") from error
+    content = read_config(directory, "model.text")
     if content.get("model_type") != "bert":
         raise ValueError(
             f"model.text: {path}: model_type is {content.get('model_type')!r}; only 'bert' is read"
@@ -187,16 +156,6 @@ def read_sizes(directory: Path) -> dict[str, int]:
     if missing:
         raise ValueError(f"model.text: {path}: {', '.join(missing)} missing")
     return {ours: int(content[theirs]) for ours, theirs in _SIZES.items()}
-
-
-def _agreeing(values: dict[str, Any], sizes: dict[str, int], name: str) -> dict[str, Any]:
-    """`values`, whose sizes must be those of `name`, or absent."""
-    for field, size in sizes.items():
-        if values.get(field, size) != size:
-            raise ValueError(
-                f"{field}: {values[field]}, but {name} has {size}; leave it out, or leave name out"
-            )
-    return values
 
 
 def _bare(name: str) -> str:

@@ -2,18 +2,16 @@
 
 import difflib
 import re
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from learning.encoders.batch_norm import make_global
-from learning.encoders.layers import Layered
+from learning.encoders.image_tower import ImageTower
 from learning.encoders.weights import load_by_name, load_by_order, read_weights
 
 BatchNorm = Literal["local", "global", "frozen"]
@@ -22,10 +20,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class VisionConfig(BaseModel):
-    """The recipe's `model.vision` section."""
+    """The recipe's `model.vision` section, of a timm backbone."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # Not written out: a model that was saved before there were kinds has none, and means this one.
+    tower: Literal["timm"] = Field(default="timm", exclude=True)
     name: str = Field(description="a timm model: resnet101, resnext101_32x8d, vit_base_patch16_224, …")
     weights: Path | None = Field(
         default=None, description="local .safetensors or .pth file; null: from scratch"
@@ -61,13 +61,15 @@ class VisionConfig(BaseModel):
     )
 
 
-class VisionEncoder(Layered):
+class VisionEncoder(ImageTower):
     """(b, 3, h, w) images to (b, n, `width`) tokens, n = `tokens`, of a timm backbone without its classifier.
 
     A CNN's map is read row by row; a ViT gives its patches, and the tokens before them ([CLS]) first.
     Raises ValueError for a name that timm has not (with near ones), for weights that do not fit, and for
     levels or a grid that the model cannot give.
     """
+
+    config: VisionConfig
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -84,25 +86,14 @@ class VisionEncoder(Layered):
             part.requires_grad_(False)
         self.train(self.training)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n v"]:
-        """The tokens; the images must have the side of `image_px`, as p_i in Eq. 1 has n rows."""
-        if images.shape[-1] != self.config.image_px or images.shape[-2] != self.config.image_px:
-            raise ValueError(
-                f"images of {images.shape[-2]}x{images.shape[-1]} px; "
-                f"model.vision.image_px is {self.config.image_px}"
-            )
-        dtype = next(self.backbone.parameters()).dtype
-        images = images.to(dtype).contiguous(memory_format=torch.channels_last)  # the faster layout for CNNs
-        learns = any(parameter.requires_grad for parameter in self.backbone.parameters())
-        with nullcontext() if learns else torch.no_grad():
-            return _tokens(self.backbone, images, self.config)
+    def _encode(self, images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=torch.channels_last)  # the faster layout for CNNs
+        return _tokens(self.backbone, images, self.config)
 
     def train(self, mode: bool = True) -> "VisionEncoder":
         """As torch's; but a frozen backbone stays in evaluation mode, and so do frozen statistics."""
         super().train(mode)
-        if not self.config.trainable:
-            self.backbone.eval()
-        elif self.config.batch_norm == "frozen":
+        if self.config.batch_norm == "frozen":
             # scale and shift still learn
             for part in self.backbone.modules():
                 if isinstance(part, nn.modules.batchnorm._BatchNorm):

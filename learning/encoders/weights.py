@@ -54,7 +54,7 @@ def load_by_name(module: nn.Module, found: dict[str, Tensor], without: Iterable[
     if missing or unexpected:
         raise ValueError(
             f"{where}: does not fit the model: missing {_some(missing)}; unexpected {_some(unexpected)}; "
-            "give the file of this very model (model.vision.name, model.text), or, for a vision model under "
+            "give the file of this very model (model.vision.name, model.text), or, for a timm model under "
             "other names in the same order, key_order: true"
         )
     for name, value in found.items():

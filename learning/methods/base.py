@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from learning.encoders.vision import VisionEncoder
+from learning.encoders.image_tower import ImageTower
 from learning.training.contrast import ContrastConfig
 
 
@@ -151,7 +151,7 @@ class Method(nn.Module, ABC):
     def embed_texts(self, texts: Texts) -> Float[Tensor, "b d"]:
         """Unit-length text embeddings."""
 
-    def frozen_image_tower(self) -> VisionEncoder | None:
+    def frozen_image_tower(self) -> ImageTower | None:
         """Images (b, 3, h, w) → tokens (b, n, v), if it never learns: `forward` reads Batch.tokens."""
         return None
 

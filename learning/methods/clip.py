@@ -9,9 +9,10 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
+from learning.encoders.image_tower import ImageTower
 from learning.encoders.pooling import Pooling, make_pooling
 from learning.encoders.text import TextConfig, TextEncoder
-from learning.encoders.vision import VisionConfig, VisionEncoder
+from learning.encoders.towers import VisionTower, make_vision
 from learning.losses.temperature import Temperature, TemperatureConfig
 from learning.methods.base import Batch, ContrastiveMethod, MethodConfig, Terms, Texts, Views
 from learning.training.contrast import Contrast
@@ -21,7 +22,7 @@ class Config(MethodConfig):
     """The recipe's `model` section for the baseline."""
 
     method: Literal["clip"] = "clip"
-    vision: VisionConfig
+    vision: VisionTower
     text: TextConfig
     dimension: int = Field(default=512, ge=1, description="of the common space")
     # Differs from the paper: CLIP pools by attention or [CLS] and [EOS]; here any tower is pooled by one
@@ -59,7 +60,7 @@ class Clip(ContrastiveMethod):
     def __init__(self, config: Config, losses: tuple[str, ...], vocabulary_size: int):
         super().__init__(losses)
         self.config = config
-        self.vision = VisionEncoder(config.vision)
+        self.vision = make_vision(config.vision)
         self.text = TextEncoder(config.text, vocabulary_size)
         self.fusion = nn.ModuleDict(
             {"image": Head(config, self.vision.width), "text": Head(config, self.text.width)}
@@ -68,7 +69,7 @@ class Clip(ContrastiveMethod):
         if "ccl" not in losses:
             self.temperature.requires_grad_(False)
 
-    def frozen_image_tower(self) -> VisionEncoder | None:
+    def frozen_image_tower(self) -> ImageTower | None:
         return None if self.config.vision.trainable else self.vision
 
     def views(self) -> Views:

@@ -15,9 +15,10 @@ from learning.encoders.fusion import (
     TransformerEncoder,
     embedding_vectors,
 )
+from learning.encoders.image_tower import ImageTower
 from learning.encoders.pooling import Pooling, make_pooling
 from learning.encoders.text import TextConfig, TextEncoder
-from learning.encoders.vision import VisionConfig, VisionEncoder
+from learning.encoders.towers import VisionTower, make_vision
 from learning.losses.temperature import Temperature, TemperatureConfig
 from learning.methods.base import (
     Batch,
@@ -45,7 +46,7 @@ class Config(MethodConfig):
     """The recipe's `model` section for COOKIE. Defaults are the paper's (Sec. IV-A b) where it has any."""
 
     method: Literal["cookie"] = "cookie"
-    vision: VisionConfig
+    vision: VisionTower
     text: TextConfig
     dimension: int = Field(default=1024, ge=1, description="D, of the common space")
     heads: int = Field(default=8, ge=1, description="of TAV-TE and WS-TE")
@@ -166,7 +167,7 @@ class Cookie(ContrastiveMethod):
     def __init__(self, config: Config, losses: tuple[str, ...], vocabulary_size: int):
         super().__init__(losses)
         self.config = config
-        self.vision = VisionEncoder(config.vision)
+        self.vision = make_vision(config.vision)
         self.text = TextEncoder(config.text, vocabulary_size)
         self.fusion = CommonSpace(config, self.vision.width, self.vision.tokens, self.text.width)
         self.temperature = Temperature(config.temperature)
@@ -178,7 +179,7 @@ class Cookie(ContrastiveMethod):
         if not set(losses) - {"hinge"}:
             self.temperature.requires_grad_(False)
 
-    def frozen_image_tower(self) -> VisionEncoder | None:
+    def frozen_image_tower(self) -> ImageTower | None:
         return None if self.config.vision.trainable else self.vision
 
     def views(self) -> Views:

@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from learning.encoders.heads import MaskedLanguageHead
+from learning.encoders.image_tower import ImageTower
 from learning.encoders.momentum import Centre, FeatureQueue, Momentum
 from learning.encoders.ranking import Fused, ImageCls, Ranking, with_cls
 from learning.encoders.text import TextConfig, TextEncoder
-from learning.encoders.vision import VisionConfig, VisionEncoder
+from learning.encoders.towers import VisionTower, make_vision
 from learning.losses.distillation import feature_guided_rows, target_guided_rows
 from learning.losses.masked import masked_places, masked_token_rows, rows_at
 from learning.losses.matching import MATCH, matching_rows
@@ -72,7 +73,7 @@ class Config(MethodConfig):
     """The recipe's `model` section for R2D2. Defaults are the paper's (Sec. 4.1) where it has any."""
 
     method: Literal["r2d2"] = "r2d2"
-    vision: VisionConfig
+    vision: VisionTower
     text: TextConfig
     dimension: int = Field(default=768, ge=1, description="of the features of pre-ranking")
     image_cls: ImageCls = Field(
@@ -123,7 +124,7 @@ class R2D2(Method):
         super().__init__(losses)
         self.config = config
         self._check_losses()
-        self.vision = VisionEncoder(config.vision)
+        self.vision = make_vision(config.vision)
         self.text = TextEncoder(config.text, vocabulary_size)
         # The paper does not say which layer is projected: the towers' last one, [CLS] of it
         self.image_projection = nn.Linear(self.vision.width, config.dimension)
@@ -145,7 +146,7 @@ class R2D2(Method):
         self._freeze_unused()
         self._taught: _Taught | None = None  # by this step's forward; it counts once the step is applied
 
-    def frozen_image_tower(self) -> VisionEncoder | None:
+    def frozen_image_tower(self) -> ImageTower | None:
         return None if self.config.vision.trainable else self.vision
 
     def views(self) -> Views:
