@@ -1,37 +1,32 @@
-"""The evaluate stage: recalls of a trained model on named galleries, and examples for the report.
+"""The evaluate stage: recalls, or AUC, of a trained model on named galleries, and examples for the report.
 
 Nothing here goes back into training: a test split never picks the model.
 """
 
-import hashlib
 import json
-import random
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-from PIL import Image
 from pydantic import Field, model_validator
 
 from data_tools.corpus_source import CorpusSource
-from data_tools.pictures import open_picture
 from data_tools.shards import CorpusError, ShardIndex
 from learning import model_files
-from learning.evaluation.retrieval import RightAnswers, top_answers
-from learning.evaluation.validate import Outcome, evaluate_gallery
+from learning.evaluation.matching import Matched
+from learning.evaluation.pairs import check_ranks_pairs
+from learning.evaluation.validate import Outcome
 from learning.training import distributed
-from stages.base import Frozen, Job, Report, StageConfig, StageError, Stopped
+from stages.base import Job, Report, StageConfig, StageError, Stopped
+from stages.evaluation_examples import Shown, matching_examples, retrieval_examples
+from stages.judged import Judged, judge
+
+SIZES = ("images", "texts", "positives", "negatives")  # counts of a gallery, not metrics
 
 
-class GalleryConfig(Frozen):
+class GalleryConfig(Judged):
     """One split as one gallery: its metrics are `eval/<name>/…`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="in the metrics' names: eval/<name>/i2t_r@1")
-    split: str = Field(description="a split of the corpus")
-    texts: list[Literal["title", "content", "queries", "captions"]] = Field(default=["title"], min_length=1)
-    relevance: str | None = Field(
-        default=None, description="the label by which image and text match; null: an image and its own texts"
-    )
     folds: int = Field(
         default=1, ge=1, description="metrics are means over parts; COCO 1K: 5 folds of 5,000 images"
     )
@@ -46,7 +41,7 @@ class Config(StageConfig):
     kind: Literal["evaluate"] = "evaluate"
     data: CorpusSource = CorpusSource()
     galleries: list[GalleryConfig] = Field(min_length=1)
-    batch: int = Field(default=256, ge=1, description="images or texts a forward call")
+    batch: int = Field(default=256, ge=1, description="images, texts or matching pairs a forward call")
     examples: int = Field(default=12, ge=0, description="queries shown in the report, each way and gallery")
     top_k: int = Field(default=8, ge=1, description="answers shown of each")
     thumbnail_px: int = Field(default=96, ge=16, le=512, description="longer side of a shown picture")
@@ -97,6 +92,7 @@ def _run(config: Config, job: Job, device: str) -> Report:
     indices = {
         g.name: config.data.open(corpus, g.split, job.recipe_directory) for g in config.galleries
     }  # a misspelt split fails at once
+    _check_method(config, type(model.method))
     metrics: dict[str, float] = {}
     counts: dict[str, int] = {}
     examples: dict[str, Any] = {}
@@ -106,13 +102,12 @@ def _run(config: Config, job: Job, device: str) -> Report:
         index = indices[gallery.name]
         with job.progress.task(f"evaluate {gallery.name}", None) as task:
             try:
-                outcome = evaluate_gallery(
+                outcome = judge(
+                    gallery,
                     model.method,
                     model.tokenizer,
                     model.transform,
                     index,
-                    gallery.texts,
-                    gallery.relevance,
                     batch=config.batch,
                     device=device,
                     max_length=model.max_length,
@@ -123,7 +118,8 @@ def _run(config: Config, job: Job, device: str) -> Report:
             except ValueError as error:
                 raise StageError(f"galleries.{gallery.name}: {error}") from error
         found = dict(outcome.metrics)
-        counts |= {f"{gallery.name}_{side}": int(found.pop(side)) for side in ("images", "texts")}
+        sizes = [name for name in SIZES if name in found]
+        counts |= {f"{gallery.name}_{name}": int(found.pop(name)) for name in sizes}
         metrics |= {f"eval/{gallery.name}/{name}": value for name, value in found.items()}
         if distributed.rank() == 0:
             examples[gallery.name] = _examples(config, job, gallery, index, outcome)
@@ -134,83 +130,32 @@ def _run(config: Config, job: Job, device: str) -> Report:
     return Report(counts, metrics)
 
 
+def _check_method(config: Config, method: type) -> None:
+    """Before any gallery is embedded. Raises StageError for one that asks for what the method cannot do."""
+    for gallery in config.galleries:
+        field = gallery.judges_pairs()
+        if field is not None:
+            try:
+                check_ranks_pairs(method)
+            except ValueError as error:
+                raise StageError(f"galleries.{gallery.name}.{field}: {error}") from error
+
+
 def _examples(
-    config: Config, job: Job, gallery: GalleryConfig, index: ShardIndex, outcome: Outcome
+    config: Config, job: Job, gallery: GalleryConfig, index: ShardIndex, outcome: Outcome | Matched
 ) -> dict[str, Any]:
-    """A seeded choice of queries both ways with their first answers; what is shown becomes thumbnails.
-
-    The choice knows nothing of the ranks: it shows what the model is like, not its best.
-    """
-    show = _Thumbnails(job.out / "pictures", index, config)
-
-    def image(i: int) -> dict[str, Any]:
-        return {"key": index.keys[i], "picture": show(i), "title": index.record(i).get("title") or ""}
-
-    def text(t: int) -> dict[str, Any]:
-        return {"text": outcome.gallery.texts[t]}
-
-    generator = random.Random(f"{job.seed} {gallery.name}")
-    sides = {}
-    for direction, asked, answers, right, ranks, query_of, answer_of in (
-        ("t2i", outcome.texts, outcome.images, outcome.right_images, outcome.t2i_ranks, text, image),
-        ("i2t", outcome.images, outcome.texts, outcome.right_texts, outcome.i2t_ranks, image, text),
-    ):
-        chosen = sorted(generator.sample(range(len(asked)), min(config.examples, len(asked))))
-        rows = RightAnswers.of([right.of_query(q).tolist() for q in chosen])
-        positions, cosines = top_answers(asked[chosen], answers, rows, config.top_k)
-        sides[direction] = [
-            {
-                "query": query_of(query),
-                "rank": int(ranks[query]),
-                "right_answers": int(right.counts[query]),
-                "best_right": answer_of(_best_right(asked[query], answers, right.of_query(query))),
-                "answers": [
-                    {
-                        **answer_of(int(a)),
-                        "right": bool(a in right.of_query(query)),
-                        "cosine": round(float(c), 4),
-                    }
-                    for a, c in zip(positions[row], cosines[row], strict=True)
-                ],
-            }
-            for row, query in enumerate(chosen)
-        ]
-    return {
-        "split": gallery.split,
-        "texts": list(gallery.texts),
-        "relevance": gallery.relevance,
-        "folds": gallery.folds,
-        "images": len(outcome.images),
-        "distinct_texts": len(outcome.texts),
-        **sides,
-    }
-
-
-def _best_right(query: np.ndarray, answers: np.ndarray, right: np.ndarray) -> int:
-    """The right answer that the model puts first."""
-    return int(right[np.argmax(answers[right].astype(np.float64) @ query.astype(np.float64))])
-
-
-class _Thumbnails:
-    """Writes a sample's picture once, small, and gives its path relative to `out/`."""
-
-    def __init__(self, directory: Path, index: ShardIndex, config: Config):
-        self.directory, self.index, self.config = directory, index, config
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.written: set[Path] = set()  # not path.exists(): a killed run may have left half a file
-
-    def __call__(self, i: int) -> str:
-        key = self.index.keys[i]
-        # a key comes from the corpus: its hash is a safe file name
-        path = self.directory / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.webp"
-        if path not in self.written:
-            picture = open_picture(
-                self.index.image_bytes(i), max_pixels=self.config.max_pixels, name=f"key {key}"
-            )
-            picture.thumbnail((self.config.thumbnail_px, self.config.thumbnail_px), Image.Resampling.LANCZOS)
-            picture.save(path, "WEBP", quality=80)
-            self.written.add(path)
-        return f"{self.directory.name}/{path.name}"
+    """A gallery's entry in examples.json; what is shown becomes thumbnails."""
+    pictures = job.out / "pictures"
+    shown = Shown(
+        config.examples, config.top_k, config.thumbnail_px, config.max_pixels, f"{job.seed} {gallery.name}"
+    )
+    asked: dict[str, Any] = {"task": gallery.task, "split": gallery.split, "texts": list(gallery.texts)}
+    if isinstance(outcome, Matched):
+        return asked | matching_examples(outcome, shown, index, pictures)
+    asked |= {"relevance": gallery.relevance, "folds": gallery.folds}
+    if gallery.rerank is not None:
+        asked["rerank"] = {"top_k": gallery.rerank.top_k, "score": gallery.rerank.score}
+    return asked | retrieval_examples(outcome, shown, index, pictures)
 
 
 def _write(path: Path, value: Any) -> None:

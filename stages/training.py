@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator, model_
 
 from data_tools.corpus_source import CORPUS_FIELDS
 from learning import methods
-from learning.evaluation.gallery import TextField
+from learning.evaluation.pairs import check_ranks_pairs
 from learning.training.anomalies import AnomalyConfig
 from learning.training.checkpoint import CheckpointConfig
 from learning.training.contrast import ContrastConfig
@@ -18,6 +18,7 @@ from learning.training.loader import DataConfig
 from learning.training.rates import OptimizerConfig
 from learning.training.schedule import ScheduleConfig
 from stages.base import Frozen, StageConfig
+from stages.judged import Judged
 
 # Of a DeepSpeed config: how the model is held and its gradients travel. The results are the same but for
 # rounding, and one loads the other's checkpoints: a stage may go on with another ZeRO stage, or with offload.
@@ -35,16 +36,12 @@ class Vocabulary(Frozen):
     )
 
 
-class Validation(Frozen):
-    """Retrieval on a split that is not trained on, between epochs."""
+class Validation(Judged):
+    """Retrieval or matching on a split that is not trained on, between epochs."""
 
     split: str = "validation"
     every_epochs: int = Field(default=1, ge=1, description="the last epoch is always followed by one")
-    texts: tuple[TextField, ...] = Field(default=("title",), min_length=1)
-    relevance: str | None = Field(
-        default=None, description="label by which image and text match; null: the sample's own"
-    )
-    batch: int = Field(default=256, ge=1, description="images or texts embedded at a time, a rank")
+    batch: int = Field(default=256, ge=1, description="images, texts or matching pairs at a time, a rank")
 
 
 class TrainingConfig(StageConfig):
@@ -60,6 +57,7 @@ class TrainingConfig(StageConfig):
             "batch_per_gpu",
             "activation_checkpointing",
             "validation.batch",
+            "validation.rerank.batch",
             "stall_limit_s",
             "anomalies.max_rewinds",  # it decides whether a run ends well, not what it makes then
             # as the number of ranks: how the batch is held, the same mathematics
@@ -119,7 +117,7 @@ class TrainingConfig(StageConfig):
     vocabulary: Vocabulary = Vocabulary()
     validation: Validation | None = Field(default=None, alias="validate")
     pick_best: str | None = Field(
-        default=None, description="validation metric whose best weights out/ holds: val/rsum"
+        default=None, description="validation metric whose best weights out/ holds: val/rsum, val/r@m, val/auc"
     )
     new_parts: tuple[str, ...] = Field(
         default=(),
@@ -166,6 +164,24 @@ class TrainingConfig(StageConfig):
             raise ValueError("pick_best: needs `validate` with a split that is not the test split")
         if self.pick_best is not None and not self.pick_best.startswith("val/"):
             raise ValueError(f"pick_best: '{self.pick_best}' is no validation metric; say val/rsum")
+        return self
+
+    @model_validator(mode="after")
+    def _validated(self) -> "TrainingConfig":
+        if self.validation is None:
+            return self
+        field = self.validation.judges_pairs()
+        if field is not None:
+            try:
+                check_ranks_pairs(methods.module(str(self.model["method"])).METHOD)
+            except ValueError as error:
+                raise ValueError(f"validate.{field}: {error}") from error
+        name = (self.pick_best or "").removeprefix("val/")
+        if self.pick_best is not None and not self.validation.has_metric(name):
+            best = "val/auc" if self.validation.task == "matching" else "val/r@m"
+            raise ValueError(
+                f"pick_best: '{self.pick_best}' is no metric of `validate` as it is set; say {best}"
+            )
         return self
 
     def files(self) -> dict[str, Path]:

@@ -15,7 +15,6 @@ from data_tools.shards import ShardIndex
 from learning import methods, model_files
 from learning.encoders.image_tower import with_fitted_towers
 from learning.evaluation.gallery import texts_of
-from learning.evaluation.validate import validate
 from learning.methods.base import Method, MethodConfig
 from learning.tokenizer import Tokenizer, load_tokenizer, train_wordpiece
 from learning.training import distributed, watchdog
@@ -31,6 +30,7 @@ from learning.training.plan import Outcome, Plan
 from learning.training.tower_tokens import TowerTokens, identity
 from learning.training.watchdog import FIRST_STEP_FACTOR, Watchdog
 from stages.base import Job, Report, StageError, Stopped, Task
+from stages.judged import judge
 from stages.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -261,19 +261,18 @@ class _Training:
         assert self.config.validation is not None
         index, plain = self.validated
         plain.load_state_dict(state)
-        metrics = validate(
+        judged = judge(
+            self.config.validation,
             plain.to(distributed.device()),
             self.tokenizer,
-            index,
-            self.config.validation.texts,
             self.transform,
-            self.config.validation.relevance,
-            self.config.validation.batch,
-            distributed.device(),
+            index,
+            batch=self.config.validation.batch,
+            device=distributed.device(),
             max_length=self.max_length,
             max_pixels=self.config.data.max_pixels,
         )
-        return {f"val/{name}": value for name, value in metrics.items()}
+        return {f"val/{name}": value for name, value in judged.metrics.items()}
 
     def _write_out(self, outcome: Outcome) -> None:
         problem: str | None = None

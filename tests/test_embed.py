@@ -15,7 +15,7 @@ from learning.evaluation.embed import embed_images, embed_texts, spread
 from learning.evaluation.gallery import Gallery, gallery_of, texts_of
 from learning.evaluation.metrics import recalls
 from learning.evaluation.retrieval import best_ranks
-from learning.evaluation.validate import Outcome, evaluate_gallery, five_folds, validate
+from learning.evaluation.validate import Outcome, evaluate_gallery, five_folds
 from learning.methods.base import Texts
 from learning.training import distributed
 from tests import tiny_model
@@ -254,7 +254,7 @@ def test_five_folds_are_the_mean_of_five_evaluations(corpus: Path) -> None:
     assert five_folds(outcome.images, outcome.texts, outcome.gallery).items() <= folds.items()
 
 
-def test_validate_leaves_modes_gradients_and_random_numbers_as_they_were(corpus: Path) -> None:
+def test_evaluation_leaves_modes_gradients_and_random_numbers_as_they_were(corpus: Path) -> None:
     method = tiny_model.method().train()
     method.vision.eval()  # type: ignore[union-attr]
     modes = [module.training for module in method.modules()]
@@ -262,17 +262,7 @@ def test_validate_leaves_modes_gradients_and_random_numbers_as_they_were(corpus:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    found = validate(
-        method,
-        tiny_model.tokenizer(),
-        tiny_model.open_corpus(corpus),
-        ["title"],
-        tiny_model.transform(),
-        relevance="concept",
-        batch=4,
-        device="cpu",
-        max_length=12,
-    )
+    found = evaluated(corpus, method=method).metrics
     assert torch.equal(torch.rand(2), expected)
     assert [module.training for module in method.modules()] == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())

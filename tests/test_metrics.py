@@ -66,13 +66,28 @@ def test_chance_against_simulation() -> None:
     assert chance_recall_at(rights, gallery, k) == pytest.approx(100 * hits / (rounds * 3), abs=0.8)
 
 
-def test_chances_use_the_other_sides_size() -> None:
-    found = chances(np.array([5, 5]), np.ones(10, dtype=np.int64))  # 2 images, 10 texts, 5 texts an image
+def test_chances_of_both_directions() -> None:
+    # 2 images, 10 texts, 5 texts an image
+    found = chances({"i2t": (np.array([5, 5]), 10), "t2i": (np.ones(10, dtype=np.int64), 2)})
     assert found["chance_i2t_r@1"] == pytest.approx(50.0)
     assert found["chance_t2i_r@1"] == pytest.approx(50.0)
     assert found["chance_t2i_r@5"] == pytest.approx(100.0)
     six = [found[f"chance_{way}_r@{k}"] for way in ("i2t", "t2i") for k in (1, 5, 10)]
     assert found["chance_rsum"] == pytest.approx(sum(six))
+
+
+def test_one_direction_has_the_mean_of_three_recalls_and_no_rsum() -> None:
+    found = recalls(t2i=T2I)
+    assert found == {"t2i_r@1": 50.0, "t2i_r@5": 75.0, "t2i_r@10": 75.0, "t2i_median_rank": 2.0, "r@m": 200 / 3}
+    by_chance = chances({"t2i": (np.ones(10, dtype=np.int64), 20)})
+    assert by_chance == {
+        "chance_t2i_r@1": pytest.approx(5.0),
+        "chance_t2i_r@5": pytest.approx(25.0),
+        "chance_t2i_r@10": pytest.approx(50.0),
+        "chance_r@m": pytest.approx(80 / 3),
+    }
+    with pytest.raises(ValueError, match="ranks: none"):
+        recalls()
 
 
 def test_more_right_answers_than_the_gallery_is_an_error() -> None:

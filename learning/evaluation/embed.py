@@ -11,7 +11,8 @@ one that had nothing left to do would leave the others waiting. What it computes
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from jaxtyping import Float, Float32, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_tools.pictures import EncodedPicture, PictureError
 from data_tools.shards import ShardIndex
@@ -48,10 +49,10 @@ def embed_images(
     done. Raises ValueError, on every process, that names the shard and the key of a picture that cannot be
     read: a gallery must not silently shrink.
     """
-    dtype = _dtype(method)
+    dtype = weights_dtype(method)
 
     def block(start: int, stop: int) -> Tensor:
-        pixels = [_plain(index, i, transform, max_pixels) for i in range(start, stop)]
+        pixels = [plain_pixels(index, i, transform, max_pixels) for i in range(start, stop)]
         return _unit(method.embed_images(torch.stack(pixels).to(device, dtype)))
 
     return spread(len(index), batch, block, advance)
@@ -106,6 +107,18 @@ def spread(
     return torch.cat(gathered)[:count].numpy()
 
 
+@contextmanager
+def evaluation_mode(method: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, then each as it was (a frozen normalisation stays frozen)."""
+    modes = {module: module.training for module in method.modules()}
+    method.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def _processes() -> tuple[int, int]:
     """This process's rank and the number of processes; Accelerate joins the process group that is there."""
     device = distributed.device()
@@ -138,8 +151,8 @@ def _agreed(compute: Callable[[], T]) -> T:
     return result
 
 
-def _plain(index: ShardIndex, i: int, transform: ImageTransform, max_pixels: int) -> Tensor:
-    """Image i as training sees its plain view."""
+def plain_pixels(index: ShardIndex, i: int, transform: ImageTransform, max_pixels: int) -> Tensor:
+    """Image i as training sees its plain view. Raises ValueError that names its shard and its key."""
     where = index.where(i)
     data = index.image_bytes(i)
     if hashlib.sha256(data).hexdigest() != index.record(i)["sha256"]:
@@ -150,7 +163,7 @@ def _plain(index: ShardIndex, i: int, transform: ImageTransform, max_pixels: int
         raise ValueError(f"{error}; raise max_pixels, or run the shard stage again") from error
 
 
-def _dtype(method: Method) -> torch.dtype:
+def weights_dtype(method: Method) -> torch.dtype:
     """The dtype of the method's weights (bfloat16 under a bf16 engine): what its images are cast to."""
     return next((p.dtype for p in method.parameters() if p.is_floating_point()), torch.float32)
 

@@ -122,6 +122,52 @@ def top_answers(
     return positions, cosines
 
 
+def first_by_cosine(
+    queries: Float32[np.ndarray, "n d"],
+    gallery: Float32[np.ndarray, "m d"],
+    k: int,
+    *,
+    gallery_block: int = GALLERY_BLOCK,
+    device: str | torch.device = "cpu",
+) -> tuple[Int64[Tensor, "n k"], Float64[Tensor, "n k"]]:
+    """Positions of the first k answers of each query and their exact cosines, best first, ties by position.
+
+    Right answers are unknown here, unlike in `top_answers`. k is at most the gallery's size. Memory: float64
+    blocks of (n, k + gallery_block): give a block of queries at a time.
+    """
+    block = _fixed_point(queries, device)
+    scores = torch.empty((len(queries), 0), dtype=torch.float64, device=block.device)
+    positions = torch.empty((len(queries), 0), dtype=torch.int64, device=block.device)
+    for low in range(0, len(gallery), gallery_block):
+        part = _fixed_point(gallery[low : low + gallery_block], device)
+        places = torch.arange(low, low + len(part), device=block.device).expand(len(queries), -1)
+        scores = torch.cat([scores, block @ part.T], dim=1)
+        positions = torch.cat([positions, places], dim=1)
+        kept = _largest(scores, k)
+        scores, positions = scores.gather(1, kept), positions.gather(1, kept)
+    # the columns are in the order of the positions: a stable sort leaves equal scores in it
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return positions.gather(1, order), scores / _UNIT**2
+
+
+def cosines(a: Float32[np.ndarray, "n d"], b: Float32[np.ndarray, "n d"]) -> Float64[np.ndarray, " n"]:
+    """The exact cosine of each row of a with the same row of b; unit length."""
+    found = np.empty(len(a), dtype=np.float64)
+    for low in range(0, len(a), GALLERY_BLOCK):
+        rows = slice(low, low + GALLERY_BLOCK)
+        found[rows] = (_fixed_point(a[rows], "cpu") * _fixed_point(b[rows], "cpu")).sum(dim=1).numpy()
+    return found / _UNIT**2
+
+
+def _largest(scores: Float64[Tensor, "n m"], k: int) -> Int64[Tensor, "n k"]:
+    """The columns of each row's k largest values, ascending; of equal values the first columns."""
+    least = scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1:]  # a value: the same whatever the ties
+    above, equal = scores > least, scores == least
+    spare = min(k, scores.shape[1]) - above.sum(dim=1, keepdim=True)
+    taken = above | (equal & (equal.cumsum(dim=1) <= spare))
+    return taken.nonzero()[:, 1].view(len(scores), -1)
+
+
 def _fixed_point(
     embeddings: Float32[np.ndarray, "b d"], device: str | torch.device
 ) -> Float64[Tensor, "b d"]:

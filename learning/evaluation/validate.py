@@ -3,19 +3,19 @@
 All ranks call these functions together, and all get the same result.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
-from torch import nn
 
 from data_tools.shards import ShardIndex
-from learning.evaluation.embed import embed_images, embed_texts, spread
+from learning.evaluation.embed import embed_images, embed_texts, evaluation_mode, spread
 from learning.evaluation.gallery import Gallery, TextField, gallery_of
-from learning.evaluation.metrics import chances, mean_of, recalls
+from learning.evaluation.metrics import DIRECTIONS, Direction, chances, mean_of, recalls
+from learning.evaluation.pairs import PairScorer
+from learning.evaluation.rerank import RerankConfig, Reranked, Side, rerank
 from learning.evaluation.retrieval import QUERY_BLOCK, RightAnswers, best_ranks
 from learning.methods.base import Method
 from learning.tokenizer import Tokenizer
@@ -26,6 +26,30 @@ MAX_PIXELS = 50_000_000  # of a stored picture: the crawl let none in that is la
 
 
 @dataclass(frozen=True)
+class Part:
+    """A gallery, or a fold of it: the directions that were asked, and what re-ranking made of each."""
+
+    sides: list[Side]
+    reranked: list[Reranked]  # one a side; none where nothing was re-ranked
+
+    def ranks(self) -> dict[str, Int64[np.ndarray, " n"]]:
+        """The rank of each query's best right answer, by direction; after re-ranking where there was one."""
+        return {side.direction: made.ranks for side, made in zip(self.sides, self.reranked or self.sides)}
+
+    def metrics(self) -> dict[str, float]:
+        """Recalls, and `cosine_…` (before re-ranking) and `ceiling_…` beside them; chance levels last."""
+        values = recalls(**self.ranks())
+        if self.reranked:
+            before = recalls(**{side.direction: side.ranks for side in self.sides})
+            values |= {f"cosine_{name}": value for name, value in before.items()}
+            values |= {
+                f"ceiling_{side.direction}": made.ceiling
+                for side, made in zip(self.sides, self.reranked, strict=True)
+            }
+        return values | chances({side.direction: (side.right.counts, len(side.answers)) for side in self.sides})
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a gallery gave: metrics in percent, and what examples are picked from."""
 
@@ -33,45 +57,15 @@ class Outcome:
     gallery: Gallery
     images: Float32[np.ndarray, "n d"]
     texts: Float32[np.ndarray, "t d"]
-    right_texts: RightAnswers
-    right_images: RightAnswers
-    i2t_ranks: Int64[np.ndarray, " n"]  # in the whole gallery, not in a fold
-    t2i_ranks: Int64[np.ndarray, " t"]
+    whole: Part  # the whole gallery, not a fold
 
+    @property
+    def i2t_ranks(self) -> Int64[np.ndarray, " n"]:
+        return self.whole.ranks()["i2t"]
 
-def validate(
-    method: Method,
-    tokenizer: Tokenizer,
-    index: ShardIndex,
-    texts: Sequence[TextField],
-    image_transform: ImageTransform,
-    relevance: str | None = None,
-    batch: int = 256,
-    device: str | torch.device = "cpu",
-    *,
-    max_length: int = 50,
-    max_pixels: int = MAX_PIXELS,
-) -> dict[str, float]:
-    """Metrics of a validation split during training: the dictionary of `evaluate_gallery`, nothing kept.
-
-    `method` may be the module of a DeepSpeed engine on `device` (`engine.module`), its images are cast to
-    the dtype of its weights. Under ZeRO-3 parameters are gathered by the hooks of its children: weights
-    that `embed_images` and `embed_texts` use outside any child's forward (an nn.Parameter of the method
-    itself) must be gathered around this call. Every rank makes the same number of calls. Training or
-    evaluation mode of each module and the random state are as before afterwards.
-    """
-    return evaluate_gallery(
-        method,
-        tokenizer,
-        image_transform,
-        index,
-        texts,
-        relevance,
-        batch=batch,
-        device=device,
-        max_length=max_length,
-        max_pixels=max_pixels,
-    ).metrics
+    @property
+    def t2i_ranks(self) -> Int64[np.ndarray, " t"]:
+        return self.whole.ranks()["t2i"]
 
 
 def evaluate_gallery(
@@ -87,18 +81,34 @@ def evaluate_gallery(
     max_length: int,
     max_pixels: int = MAX_PIXELS,
     folds: int = 1,
+    directions: Sequence[Direction] = DIRECTIONS,
+    rerank_by: RerankConfig | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Embed a split, rank both ways, and count.
+    """Embed a split, rank both ways, re-rank where `rerank_by` says how, and count.
 
-    metrics: i2t_r@1/5/10, t2i_r@1/5/10, medians, rsum, r@m, the chance_… of the recalls, images, texts.
-    With folds > 1 the recalls and chances are means over that many parts (COCO's 1K protocol is five_folds
-    of its 5K split). `advance` is told the images and texts done. Raises ValueError as `gallery_of` and
-    `embed_images` do.
+    metrics: i2t_r@1/5/10, t2i_r@1/5/10, medians, rsum, r@m, the chance_… of the recalls, images, texts; those
+    of `directions` alone. Re-ranked, these are the metrics of the new order, beside cosine_… of the old one
+    and ceiling_i2t, ceiling_t2i.
+    With folds > 1 recalls, ceilings and chances are means over that many parts (COCO's 1K protocol is
+    five_folds of its 5K split), each with candidates of its own; the whole is re-ranked too, for the examples.
+    `advance` is told the images, the texts and the pairs done. Raises ValueError as `gallery_of`,
+    `embed_images` and `PairScorer` do.
+
+    `method` may be the module of a DeepSpeed engine on `device` (`engine.module`), its images are cast to
+    the dtype of its weights. Under ZeRO-3 parameters are gathered by the hooks of its children: weights
+    that it uses outside any child's forward (an nn.Parameter of the method itself) must be gathered around
+    this call. Every rank makes the same number of calls. Training or evaluation mode of each module and the
+    random state are as before afterwards.
     """
     device = torch.device(device)
+    scorer: PairScorer | None = None
+    if rerank_by is not None:
+        scorer = PairScorer(
+            method, tokenizer, transform, index, rerank_by.batch, device, max_length, max_pixels
+        )
     gallery = gallery_of(index, texts, relevance)
-    with _evaluation_mode(method):
+    with evaluation_mode(method):
         images = embed_images(
             method, index, transform, batch=batch, device=device, max_pixels=max_pixels, advance=advance
         )
@@ -111,15 +121,24 @@ def evaluate_gallery(
             device=device,
             advance=advance,
         )
-    right_texts, right_images = gallery.right_texts(), gallery.right_images()
-    i2t = _ranks(images, asked, right_texts, device)
-    t2i = _ranks(asked, images, right_images, device)
-    if folds == 1:
-        metrics = recalls(i2t, t2i) | chances(right_texts.counts, right_images.counts)
-    else:
-        metrics = five_folds(images, asked, gallery, device, folds)
+        parts = [_sides(gallery, images, asked, directions, device)]
+        if folds > 1:
+            parts += _fold_sides(gallery, images, asked, directions, device, folds)
+        made: list[Reranked] = []
+        if rerank_by is not None and scorer is not None:
+            made = rerank(
+                [side for part in parts for side in part],
+                rerank_by,
+                lambda of_images, of_texts: scorer(of_images, of_texts, gallery.texts, advance),
+                device=device,
+            )
+    each = len(directions)
+    whole, *of_folds = [
+        Part(sides, made[place * each : (place + 1) * each]) for place, sides in enumerate(parts)
+    ]
+    metrics = mean_of([part.metrics() for part in of_folds or [whole]])
     metrics |= {"images": float(len(images)), "texts": float(len(asked))}
-    return Outcome(metrics, gallery, images, asked, right_texts, right_images, i2t, t2i)
+    return Outcome(metrics, gallery, images, asked, whole)
 
 
 def five_folds(
@@ -130,13 +149,48 @@ def five_folds(
     folds: int = 5,
 ) -> dict[str, float]:
     """The mean over `folds` parts of consecutive images with their texts (COCO 1K: five)."""
-    found = []
-    for part, own_images, own_texts in gallery.folds(folds):
-        right_texts, right_images = part.right_texts(), part.right_images()
-        i2t = _ranks(images[own_images], texts[own_texts], right_texts, device)
-        t2i = _ranks(texts[own_texts], images[own_images], right_images, device)
-        found.append(recalls(i2t, t2i) | chances(right_texts.counts, right_images.counts))
-    return mean_of(found)
+    parts = _fold_sides(gallery, images, texts, DIRECTIONS, device, folds)
+    return mean_of([Part(sides, []).metrics() for sides in parts])
+
+
+def _fold_sides(
+    gallery: Gallery,
+    images: np.ndarray,
+    texts: np.ndarray,
+    directions: Sequence[Direction],
+    device: str | torch.device,
+    folds: int,
+) -> list[list[Side]]:
+    return [
+        _sides(part, images, texts, directions, device, np.array(own_images), np.array(own_texts))
+        for part, own_images, own_texts in gallery.folds(folds)
+    ]
+
+
+def _sides(
+    part: Gallery,
+    images: Float32[np.ndarray, "n d"],
+    texts: Float32[np.ndarray, "t d"],
+    directions: Sequence[Direction],
+    device: str | torch.device,
+    own_images: Int64[np.ndarray, " i"] | None = None,
+    own_texts: Int64[np.ndarray, " j"] | None = None,
+) -> list[Side]:
+    """The directions of a part, ranked by cosine; its images and texts by their places, None: all."""
+    if own_images is None or own_texts is None:
+        own_images, own_texts = np.arange(len(images)), np.arange(len(texts))
+    else:
+        images, texts = images[own_images], texts[own_texts]
+    sides = []
+    for direction in directions:
+        if direction == "i2t":
+            asked = (images, texts, part.right_texts(), own_images, own_texts)
+        else:
+            asked = (texts, images, part.right_images(), own_texts, own_images)
+        queries, answers, right, query_ids, answer_ids = asked
+        ranks = _ranks(queries, answers, right, device)
+        sides.append(Side(direction, queries, answers, right, query_ids, answer_ids, ranks))
+    return sides
 
 
 def _ranks(
@@ -150,15 +204,3 @@ def _ranks(
         return torch.from_numpy(ranks).to(home)
 
     return spread(len(queries), QUERY_BLOCK, block)
-
-
-@contextmanager
-def _evaluation_mode(method: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, then each as it was (a frozen normalisation stays frozen)."""
-    modes = {module: module.training for module in method.modules()}
-    method.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

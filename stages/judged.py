@@ -1,0 +1,131 @@
+"""How a split that is not trained on is judged, in validation and as a gallery: the fields, and the judging."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from data_tools.shards import ShardIndex
+from learning.evaluation.gallery import TextField
+from learning.evaluation.matching import LABEL, Matched, MatchBy, evaluate_matching
+from learning.evaluation.metrics import DIRECTIONS, Direction
+from learning.evaluation.rerank import RerankConfig
+from learning.evaluation.validate import Outcome, evaluate_gallery
+from learning.methods.base import Method
+from learning.tokenizer import Tokenizer
+from learning.training.augment import ImageTransform
+from stages.base import Frozen
+
+ONE_TASK = {  # fields that say something in one task alone
+    "relevance": "retrieval",
+    "directions": "retrieval",
+    "rerank": "retrieval",
+    "folds": "retrieval",
+    "label": "matching",
+    "match_by": "matching",
+}
+
+
+class Judged(Frozen):
+    """A split, and what is asked of it: retrieval, or matching as in ICM and IQM."""
+
+    task: Literal["retrieval", "matching"] = Field(
+        default="retrieval", description="recalls, or the AUC of match and no match"
+    )
+    split: str = Field(description="a split of the corpus")
+    texts: tuple[TextField, ...] = Field(
+        default=("title",), min_length=1, description="all of them are asked; matching: the first that there is"
+    )
+    relevance: str | None = Field(
+        default=None, description="the label by which image and text match; null: an image and its own texts"
+    )
+    directions: tuple[Direction, ...] = Field(
+        default=DIRECTIONS,
+        min_length=1,
+        description="i2t: images ask for texts; t2i: texts for images, alone in MUGE: R@M is of three recalls",
+    )
+    rerank: RerankConfig | None = Field(
+        default=None, description="judge the first answers by cosine as pairs; null: the cosine decides"
+    )
+    label: str | None = Field(
+        default=None, description=f"matching: the label that is 1 (match) or 0; null: {LABEL}"
+    )
+    match_by: MatchBy | None = Field(
+        default=None,
+        description="matching: pairs, by the match probability, or cosine; null: pairs where the method can",
+    )
+
+    @model_validator(mode="after")
+    def _of_its_task(self) -> "Judged":
+        if len(set(self.directions)) < len(self.directions):
+            raise ValueError(f"directions: {self.directions[0]} stands twice; name it once")
+        for name, task in ONE_TASK.items():
+            field = type(self).model_fields.get(name)
+            if field is not None and task != self.task and getattr(self, name) != field.default:
+                raise ValueError(f"{name}: says nothing in task {self.task}; leave it out, or set task: {task}")
+        return self
+
+    def judges_pairs(self) -> str | None:
+        """The field that asks for a method that judges pairs; None: any method will do."""
+        if self.rerank is not None:
+            return "rerank"
+        return "match_by" if self.match_by == "pairs" else None
+
+    def has_metric(self, name: str) -> bool:
+        """Whether a metric can come of it, as far as the fields tell."""
+        if self.task == "matching":
+            return name in ("auc", "positives", "negatives")
+        if name == "auc" or (name.endswith("rsum") and len(self.directions) == 1):
+            return False
+        if name.startswith(("cosine_", "ceiling_")) and self.rerank is None:
+            return False
+        return not any(way in name for way in DIRECTIONS if way not in self.directions)
+
+
+def judge(
+    asked: Judged,
+    method: Method,
+    tokenizer: Tokenizer,
+    transform: ImageTransform,
+    index: ShardIndex,
+    *,
+    batch: int,
+    device: str | torch.device,
+    max_length: int,
+    max_pixels: int,
+    folds: int = 1,
+    advance: Callable[[int], None] | None = None,
+) -> Outcome | Matched:
+    """Do what `asked` says, on all ranks together; errors as evaluate_gallery and evaluate_matching have."""
+    if asked.task == "matching":
+        return evaluate_matching(
+            method,
+            tokenizer,
+            transform,
+            index,
+            asked.texts,
+            asked.label or LABEL,
+            by=asked.match_by,
+            batch=batch,
+            device=device,
+            max_length=max_length,
+            max_pixels=max_pixels,
+            advance=advance,
+        )
+    return evaluate_gallery(
+        method,
+        tokenizer,
+        transform,
+        index,
+        asked.texts,
+        asked.relevance,
+        batch=batch,
+        device=device,
+        max_length=max_length,
+        max_pixels=max_pixels,
+        folds=folds,
+        directions=asked.directions,
+        rerank_by=asked.rerank,
+        advance=advance,
+    )
