@@ -1,7 +1,8 @@
 """A seeded click model: derives a search engine's click log from the drawings' names and tags.
 
-There are no real users behind it. For every concept it makes queries in English and Chinese, shows each query
-right drawings and wrong ones, and draws clicks. The model, with all its numbers in `ClickModel`:
+There are no real users behind it. For every concept it makes queries in English and Chinese, or in one of
+the two, shows each query right drawings and wrong ones, and draws clicks. The model, with all its numbers in
+`ClickModel`:
 
 1. Query `q` has the parts it was made from: a name, or a tag and a name, or two tags. A drawing FITS `q` if
    the names and tags of its concept contain all parts. RIGHT are, for two tags, all drawings that fit; for a
@@ -18,6 +19,7 @@ right drawings and wrong ones, and draws clicks. The model, with all its numbers
    filter.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,25 +87,30 @@ class Impressions:
     click: NDArray[np.int64]
 
 
-def make_queries(concepts: list[Concept], model: ClickModel, rng: np.random.Generator) -> list[Query]:
-    """Queries of all concepts in both languages; a text that several concepts give is kept once."""
+def make_queries(
+    concepts: list[Concept],
+    model: ClickModel,
+    rng: np.random.Generator,
+    languages: Sequence[str] = ("en", "zh"),
+) -> list[Query]:
+    """Queries of all concepts in these languages; a text that several concepts give is kept once."""
     queries: dict[str, Query] = {}
     for index, concept in enumerate(concepts):
-        sides = (
-            (ENGLISH, concept.name_en, concept.tags_en, " "),
-            (CHINESE, concept.name_zh, concept.tags_zh, " "),
-        )
-        for templates, name, tags, space in sides:
+        sides = {
+            "en": (ENGLISH, concept.name_en, concept.tags_en),
+            "zh": (CHINESE, concept.name_zh, concept.tags_zh),
+        }
+        for templates, name, tags in (sides[language] for language in languages):
             made: list[tuple[str, tuple[str, ...], bool]] = [
                 (templates[t].format(name), (name,), True)
                 for t in _some(rng, len(templates), model.name_queries)
             ]
             other = [tag for tag in tags if tag not in name]
             for t in _some(rng, len(other), model.tag_queries):
-                made.append((f"{other[t]}{space}{name}", (other[t], name), True))
+                made.append((f"{other[t]} {name}", (other[t], name), True))
             for _ in range(model.pair_queries if len(other) >= 2 else 0):
                 first, second = (other[t] for t in _some(rng, len(other), 2))
-                made.append((f"{first}{space}{second}", (first, second), False))
+                made.append((f"{first} {second}", (first, second), False))
             for text, parts, named in made:
                 queries.setdefault(text, Query(text, index, parts, named))
     return list(queries.values())

@@ -1,4 +1,4 @@
-"""Builds the demo's inputs: a click log, the site that serves its pictures, and the truth that only the
+"""Builds the demo's inputs: click logs, the site that serves their pictures, and the truth that only the
 report reads.
 
 `python -m demo.corpus [--out demo/built] [--seed 7] [--limit N]` writes, from demo/corpus (drawings, names,
@@ -7,9 +7,10 @@ tags):
 - click_log.csv: query,url,title,content,show,click,width,height. All but url, width and height are DERIVED
   from names and tags by demo/click_model.py. width and height are empty for about half of the pages, as in
   real logs.
-- truth.parquet: query, url, right, kind. `right`: the picture behind the URL shows what the query asks, and
-  the row breaks no rule that a log can show. `kind`: "" for a sound row, `near` or `far` for a wrong drawing,
-  else the defect.
+- click_log_zh.csv: another log of the same pictures by the same model, all of whose texts are Chinese.
+- truth.parquet and truth_zh.parquet: query, url, right, kind, a row for each row of the log. `right`: the
+  picture behind the URL shows what the query asks, and the row breaks no rule that a log can show. `kind`: ""
+  for a sound row, `near` or `far` for a wrong drawing, else the defect.
 - site/: the pictures as a web server's files, broken ones among them.
 - BUILT.json: what it was built from. Unchanged inputs and intact files: nothing is done. It is built aside
   and renamed, so that one killed half-way is built again.
@@ -24,7 +25,8 @@ import io
 import json
 import shutil
 import tarfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,13 @@ QUERY_DEFECTS = ("query_short", "query_long", "query_listed")
 DEFECT_SHARE = 0.01
 SIZE_KNOWN = 0.5
 
+BOTH, CHINESE = ("en", "zh"), ("zh",)  # languages of a log's texts; the first is that of its short texts
+
 TITLES = {
     "en": ("{} emoji", "{} emoji picture", "emoji of {}"),
     "zh": ("{}表情", "{}表情图片", "表情符号：{}"),
 }
+SHORT = {"en": "emoji", "zh": "图"}  # one word
 LONG = {
     "en": "free pictures to download and share with your friends",
     "zh": "免费下载高清图片素材大全分享给朋友",
@@ -133,21 +138,7 @@ def _page(
     pictures: dict[str, bytes],
     rng: np.random.Generator,
 ) -> Page:
-    concept = concepts[index]
-    lang = "en" if rng.random() < 0.5 else "zh"
-    name = concept.name_en if lang == "en" else concept.name_zh
-    tags = concept.tags_en if lang == "en" else concept.tags_zh
-    title = TITLES[lang][int(rng.integers(len(TITLES[lang])))].format(name)
-    if defect == "title_short":
-        title = "emoji"
-    elif defect == "title_long":
-        title = " ".join([title, *[LONG[lang]] * 20])
-    elif defect == "title_listed":
-        title = f"{title} {_listed(rng)}"
-    if lang == "en":
-        content = f"{name}: a drawing about {', '.join(tags[:8])}." if tags else f"{name}: a drawing."
-    else:
-        content = f"{name}：与{'、'.join(tags[:8])}有关的图画。" if tags else f"{name}：图画。"
+    title, content = _texts(concepts[index], defect, BOTH, rng)
     width, height = Image.open(io.BytesIO(pictures[drawing])).size
     if defect == "small":
         width, height = width // 2, height // 2
@@ -161,17 +152,50 @@ def _page(
     )
 
 
-def _listed(rng: np.random.Generator) -> str:
+def in_chinese(pages: list[Page], concepts: list[Concept], rng: np.random.Generator) -> list[Page]:
+    """The same pages with titles and contents in Chinese."""
+    texts = [_texts(concepts[page.concept], page.defect, CHINESE, rng) for page in pages]
+    return [replace(page, title=t, content=c) for page, (t, c) in zip(pages, texts, strict=True)]
+
+
+def _texts(
+    concept: Concept, defect: str, languages: Sequence[str], rng: np.random.Generator
+) -> tuple[str, str]:
+    """Title and content, both in one of the languages, drawn evenly."""
+    lang = languages[int(rng.random() * len(languages))]
+    name = concept.name_en if lang == "en" else concept.name_zh
+    tags = concept.tags_en if lang == "en" else concept.tags_zh
+    title = TITLES[lang][int(rng.integers(len(TITLES[lang])))].format(name)
+    if defect == "title_short":
+        title = SHORT[languages[0]]
+    elif defect == "title_long":
+        title = " ".join([title, *[LONG[lang]] * 20])
+    elif defect == "title_listed":
+        title = f"{title} {_listed(languages, rng)}"
+    if lang == "en":
+        content = f"{name}: a drawing about {', '.join(tags[:8])}." if tags else f"{name}: a drawing."
+    else:
+        content = f"{name}：与{'、'.join(tags[:8])}有关的图画。" if tags else f"{name}：图画。"
+    return title, content
+
+
+def _listed(languages: Sequence[str], rng: np.random.Generator) -> str:
     lines = (HERE / "corpus" / "listed_words.txt").read_text(encoding="utf-8").splitlines()
     words = [line for line in lines if line and not line.startswith("#")]
+    if "en" not in languages:
+        words = [word for word in words if not word.isascii()]
     return words[int(rng.integers(len(words)))]
 
 
 def make_rows(
-    pages: list[Page], concepts: list[Concept], model: ClickModel, rng: np.random.Generator
+    pages: list[Page],
+    concepts: list[Concept],
+    model: ClickModel,
+    rng: np.random.Generator,
+    languages: Sequence[str] = BOTH,
 ) -> tuple[list[tuple[Any, ...]], list[tuple[str, str, bool, str]]]:
-    """The log's rows and, at the same place, the truth's."""
-    queries = make_queries(concepts, model, rng)
+    """The log's rows and, at the same place, the truth's. `languages`: of the queries."""
+    queries = make_queries(concepts, model, rng, languages)
     shown = impressions(queries, concepts, np.array([page.concept for page in pages]), model, rng)
     count = max(1, round(DEFECT_SHARE * len(shown.query)))
     spoilt = rng.choice(len(shown.query), min(len(QUERY_DEFECTS) * count, len(shown.query)), replace=False)
@@ -179,7 +203,7 @@ def make_rows(
     rows, truth = [], []
     for i in range(len(shown.query)):
         page, query = pages[int(shown.drawing[i])], queries[int(shown.query[i])]
-        text = _spoilt_query(query, concepts, defect_of.get(i, ""), rng)
+        text = _spoilt_query(query, concepts, defect_of.get(i, ""), languages, rng)
         right, kind = _truth(shown, i, page, defect_of.get(i, ""))
         size = ("" if page.width is None else page.width, "" if page.height is None else page.height)
         rows.append(
@@ -200,13 +224,16 @@ def _truth(shown: Impressions, i: int, page: Page, query_defect: str) -> tuple[b
     return True, page.defect
 
 
-def _spoilt_query(query: Query, concepts: list[Concept], defect: str, rng: np.random.Generator) -> str:
+def _spoilt_query(
+    query: Query, concepts: list[Concept], defect: str, languages: Sequence[str], rng: np.random.Generator
+) -> str:
+    concept, lang = concepts[query.concept], languages[0]
     if defect == "query_short":
-        return concepts[query.concept].name_en.split()[-1]
+        return concept.name_en.split()[-1] if lang == "en" else concept.name_zh[-1]
     if defect == "query_long":
-        return " ".join([query.text, *[LONG["en"]] * 16])
+        return " ".join([query.text, *[LONG[lang]] * 16])
     if defect == "query_listed":
-        return f"{query.text} {_listed(rng)}"
+        return f"{query.text} {_listed(languages, rng)}"
     return query.text
 
 
@@ -242,15 +269,15 @@ def build(out: Path, seed: int, limit: int | None) -> bool:
     pictures = read_drawings()
     rng = np.random.default_rng(seed)
     pages = make_pages(concepts, drawings, pictures, rng)
-    rows, truth = make_rows(pages, concepts, ClickModel(), rng)
+    logs = {"": make_rows(pages, concepts, ClickModel(), rng)}
+    own = np.random.default_rng([seed, 1])  # so that neither log hangs on the other
+    logs["_zh"] = make_rows(in_chinese(pages, concepts, own), concepts, ClickModel(), own, CHINESE)
     aside = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    with (aside / "click_log.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
-    _write_truth(aside / "truth.parquet", truth)
+    for name, (rows, truth) in logs.items():
+        _write_log(aside / f"click_log{name}.csv", rows)
+        _write_truth(aside / f"truth{name}.parquet", truth)
     for page in pages:
         data = site_file(page, pictures)
         if data is not None:
@@ -264,6 +291,13 @@ def build(out: Path, seed: int, limit: int | None) -> bool:
     shutil.rmtree(out, ignore_errors=True)
     aside.replace(out)
     return True
+
+
+def _write_log(path: Path, rows: list[tuple[Any, ...]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(rows)
 
 
 def _write_truth(path: Path, truth: list[tuple[str, str, bool, str]]) -> None:

@@ -1,6 +1,7 @@
 """The demo's inputs: derived from a seed, built whole or not at all, with all defects and a fitting truth."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,15 @@ import pytest
 
 from data_tools.log.rules import count_words
 from data_tools.pictures import PictureError, open_picture
+from demo import corpus
 from demo.click_model import ClickModel, Concept, impressions, make_queries
 from demo.corpus import HOST, PAGE_DEFECTS, QUERY_DEFECTS, build, read_concepts
+from learning.tokenizer import load_tokenizer, train_wordpiece
 
 LIMIT = 120
+LOGS = ("", "_zh")
+VENDORS = {"fluent-3d", "fluent-emoji-flat", "noto", "twemoji"}
+CJK = "\u4e00-\u9fff"
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +32,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def log_and_truth(built: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    log = pd.read_csv(built / "click_log.csv", keep_default_na=False, dtype={"width": str, "height": str})
-    return log, pq.read_table(built / "truth.parquet").to_pandas()
+def log_and_truth(built: Path, which: str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
+    path = built / f"click_log{which}.csv"
+    log = pd.read_csv(path, keep_default_na=False, dtype={"width": str, "height": str})
+    return log, pq.read_table(built / f"truth{which}.parquet").to_pandas()
 
 
-def test_log_and_truth_are_row_by_row_the_same_pairs(built: Path) -> None:
-    log, truth = log_and_truth(built)
+@pytest.mark.parametrize("which", LOGS)
+def test_log_and_truth_are_row_by_row_the_same_pairs(built: Path, which: str) -> None:
+    log, truth = log_and_truth(built, which)
     assert list(log.columns) == ["query", "url", "title", "content", "show", "click", "width", "height"]
     assert list(truth.columns) == ["query", "url", "right", "kind"]
     assert (log[["query", "url"]] == truth[["query", "url"]]).all(axis=None)
@@ -43,17 +51,22 @@ def test_log_and_truth_are_row_by_row_the_same_pairs(built: Path) -> None:
     assert not truth.loc[truth["kind"].isin(["near", "far"]), "right"].any()
 
 
-def test_right_rows_show_what_the_query_asks(built: Path) -> None:
+def code_of(url: object) -> str:
+    return str(url).rpartition("/")[2].partition(".")[0].partition("_")[0]
+
+
+@pytest.mark.parametrize("which", LOGS)
+def test_right_rows_show_what_the_query_asks(built: Path, which: str) -> None:
     concepts, _ = read_concepts(LIMIT)
     by_code = {concept.codepoint: concept for concept in concepts}
-    _, truth = log_and_truth(built)
+    _, truth = log_and_truth(built, which)
     for row in truth[truth["kind"] == ""].sample(300, random_state=0).itertuples():
-        concept = by_code[str(row.url).rpartition("/")[2].partition(".")[0].partition("_")[0]]
-        assert any(word in str(row.query) for word in concept.words())
+        assert any(word in str(row.query) for word in by_code[code_of(row.url)].words())
 
 
-def test_sound_rows_obey_the_text_rules_and_spoilt_ones_do_not(built: Path) -> None:
-    log, truth = log_and_truth(built)
+@pytest.mark.parametrize("which", LOGS)
+def test_sound_rows_obey_the_text_rules_and_spoilt_ones_do_not(built: Path, which: str) -> None:
+    log, truth = log_and_truth(built, which)
     sound = log[truth["kind"] == ""]
     assert (sound["query"].map(count_words).between(2, 128)).all()
     assert (sound["title"].map(count_words).between(2, 128)).all()
@@ -62,6 +75,53 @@ def test_sound_rows_obey_the_text_rules_and_spoilt_ones_do_not(built: Path) -> N
     assert (log.loc[truth["kind"] == "query_long", "query"].map(count_words) > 128).all()
     assert (log.loc[truth["kind"] == "title_short", "title"].map(count_words) < 2).all()
     assert (log.loc[truth["kind"] == "title_long", "title"].map(count_words) > 128).all()
+
+
+def test_the_chinese_log_shows_the_same_pictures_in_chinese_alone(built: Path) -> None:
+    (both, _), (chinese, truth) = log_and_truth(built), log_and_truth(built, "_zh")
+    sizes = [log.drop_duplicates("url").set_index("url")[["width", "height"]] for log in (both, chinese)]
+    shown = sizes[0].index.intersection(sizes[1].index)
+    assert len(shown) > 0.95 * len(sizes[0])
+    assert sizes[0].loc[shown].equals(sizes[1].loc[shown])
+    concepts, _ = read_concepts(LIMIT)
+    latin = {
+        part for c in concepts for word in (c.name_zh, *c.tags_zh) for part in re.findall("[a-zA-Z]+", word)
+    }
+    for column in ("query", "title", "content"):
+        assert both[column].str.fullmatch("[ -~]*").any()
+        spelled = chinese[truth["kind"] != "query_short"][column].drop_duplicates()
+        assert spelled.str.contains(f"[{CJK}]").all()
+        assert {part for text in spelled for part in re.findall("[a-zA-Z]+", text)} <= latin
+
+
+def test_chinese_titles_name_what_is_drawn_whoever_drew_it(built: Path) -> None:
+    concepts, _ = read_concepts(None)
+    names = {concept.codepoint: concept.name_zh for concept in concepts}
+    assert len(set(names.values())) == len(concepts)  # so a title tells one concept from another
+    log, truth = log_and_truth(built, "_zh")
+    sound = log[truth["kind"].isin(["", "near", "far"])].drop_duplicates("url")
+    assert {url.removeprefix(HOST).partition("/")[0] for url in sound["url"]} == VENDORS
+    for url, title, content in zip(sound["url"], sound["title"], sound["content"], strict=True):
+        assert names[code_of(url)] in title
+        assert content.startswith(f"{names[code_of(url)]}：")
+
+
+def test_a_tokenizer_of_the_chinese_log_splits_by_character_and_loses_nothing(
+    built: Path, tmp_path: Path
+) -> None:
+    log, _ = log_and_truth(built, "_zh")
+    texts = pd.concat([log["query"], log["title"], log["content"]]).drop_duplicates().tolist()
+    tokenizer = train_wordpiece(texts, 3000)
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    vocabulary = (tmp_path / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    rows = tokenizer.encode_each(texts, 10_000)
+    for text, row, reread in zip(texts, rows, again.encode_each(texts, 10_000), strict=True):
+        assert row.tolist() == reread.tolist()
+        tokens = [vocabulary[number] for number in row.tolist()]
+        assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]" and "[UNK]" not in tokens
+        assert not any(len(token) > 1 and re.search(f"[{CJK}]", token) for token in tokens[1:-1])
+        assert "".join(token.removeprefix("##") for token in tokens[1:-1]) == text.lower().replace(" ", "")
 
 
 def test_every_defect_is_on_the_site(built: Path) -> None:
@@ -98,9 +158,20 @@ def test_every_defect_is_on_the_site(built: Path) -> None:
 def test_the_seed_decides_and_nothing_else(built: Path, tmp_path: Path) -> None:
     build(tmp_path / "same", seed=7, limit=LIMIT)
     build(tmp_path / "other", seed=8, limit=LIMIT)
-    log = (built / "click_log.csv").read_bytes()
-    assert (tmp_path / "same" / "click_log.csv").read_bytes() == log
-    assert (tmp_path / "other" / "click_log.csv").read_bytes() != log
+    for name in ("click_log.csv", "click_log_zh.csv", "truth_zh.parquet"):
+        data = (built / name).read_bytes()
+        assert (tmp_path / "same" / name).read_bytes() == data
+        assert (tmp_path / "other" / name).read_bytes() != data
+
+
+def test_the_first_log_does_not_hang_on_the_chinese_one(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "CHINESE", corpus.BOTH)
+    build(tmp_path / "changed", seed=7, limit=LIMIT)
+    names = ("click_log.csv", "truth.parquet", "click_log_zh.csv")
+    same = [(tmp_path / "changed" / name).read_bytes() == (built / name).read_bytes() for name in names]
+    assert same == [True, True, False]
 
 
 @pytest.mark.slow

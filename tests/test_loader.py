@@ -17,7 +17,7 @@ from torch.utils.data import dataloader
 from data_tools.shards import ShardIndex
 from learning.methods.base import Views
 from learning.tokenizer import Tokenizer, train_wordpiece
-from learning.training import loader
+from learning.training import text_views
 from learning.training.augment import ImageTransform
 from learning.training.loader import (
     BadSamples,
@@ -292,7 +292,7 @@ def test_every_worker_process_makes_rows_of_each_batch(
     monkeypatch.setattr(
         Tokenizer, "encode_each", lambda self, texts, _: [torch.tensor([int(t.split()[-1])]) for t in texts]
     )
-    monkeypatch.setattr(loader, "augment_tokens", lambda ids, *_: ids)
+    monkeypatch.setattr(text_views, "augment_tokens", lambda ids, *_: ids)
     seen = []
     for loaded in batches_from(batches(corpus, tokenizer, workers=2), 0, 3):
         assert isinstance(loaded, Loaded)

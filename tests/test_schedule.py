@@ -1,6 +1,8 @@
 """The learning rate by step."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from learning.training.schedule import ScheduleConfig, factor
@@ -24,6 +26,23 @@ def test_warmup_starts_above_zero_and_ends_at_one() -> None:
     assert values(3, warmup=0) == [1.0, 1.0, 1.0]
 
 
+def test_warmup_may_start_above_zero() -> None:
+    # R2D2's released fine-tuning: 500 steps from 1e-6 to 1e-5
+    rates = [1e-5 * value for value in values(2000, name="cosine", warmup=500, warmup_from=0.1)]
+    assert rates[0] == pytest.approx(1e-6 + 9e-6 / 500)
+    assert rates[249] == pytest.approx(5.5e-6)
+    assert rates[499:501] == pytest.approx([1e-5, 1e-5])
+    assert rates[1250] == pytest.approx(5e-6)
+    assert values(5, warmup=4, warmup_from=0.5) == [0.625, 0.75, 0.875, 1.0, 1.0]
+    assert values(3, warmup_from=0.5) == [1.0, 1.0, 1.0]  # there is no warm-up
+
+
+@given(warmup=st.integers(1, 10**6), step=st.integers(0, 10**6))
+def test_warmup_from_zero_is_the_plain_warmup_bit_for_bit(warmup: int, step: int) -> None:
+    step = min(step, warmup - 1)
+    assert factor(step, 10**7, ScheduleConfig(warmup=warmup)) == (step + 1) / warmup
+
+
 def test_linear_and_cosine_end_one_step_before_the_floor() -> None:
     assert values(4, name="linear") == [1.0, 0.75, 0.5, 0.25]
     assert values(6, name="linear", warmup=2, floor=0.2) == pytest.approx([0.5, 1.0, 1.0, 0.8, 0.6, 0.4])
@@ -36,5 +55,8 @@ def test_linear_and_cosine_end_one_step_before_the_floor() -> None:
 def test_wrong_schedules_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"warmup: 1\.5 is no number of steps"):
         ScheduleConfig(warmup=1.5)
+    for share in (-0.1, 1.0):
+        with pytest.raises(ValidationError, match="warmup_from"):
+            ScheduleConfig(warmup_from=share)
     with pytest.raises(ValidationError, match="step"):
         ScheduleConfig.model_validate({"name": "stpe"})

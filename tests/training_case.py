@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,23 @@ def picture(seed: int) -> bytes:
     return data.getvalue()
 
 
-def write_corpus(out: Path, samples: Mapping[str, int], bad: Mapping[int, bytes] | None = None) -> Path:
-    """A shard stage's out/: `samples` by split; `bad`: what stands in for pictures of the first split."""
+def concept(number: int) -> dict[str, str]:
+    """Three samples each show the same."""
+    return {"concept": f"c{number // 3}"}
+
+
+def write_corpus(
+    out: Path,
+    samples: Mapping[str, int],
+    bad: Mapping[int, bytes] | None = None,
+    labels: Callable[[int], dict[str, str]] = concept,
+) -> Path:
+    """A shard stage's out/: `samples` by split; `bad`: what stands in for pictures of the first split.
+
+    `labels`: of a sample's number; those of number 0 name them all.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(out, shard_bytes=20_000, splits=list(samples), labels=["concept"])
+    writer = ShardWriter(out, shard_bytes=20_000, splits=list(samples), labels=list(labels(0)))
     for place, (split, count) in enumerate(samples.items()):
         for number in range(count):
             image = (bad or {}).get(number, picture(number)) if place == 0 else picture(number)
@@ -64,7 +77,7 @@ def write_corpus(out: Path, samples: Mapping[str, int], bad: Mapping[int, bytes]
                 "sha256": hashlib.sha256(image).hexdigest(),
                 "width": 48,
                 "height": 40,
-                "labels": {"concept": f"c{number // 3}"},
+                "labels": labels(number),
                 "licence": "MIT",
                 "split": split,
             }

@@ -80,6 +80,10 @@ class ShardIndex:
 
     def labels(self, name: str) -> list[str]:
         """The label of every sample ("" where it has none); CorpusError lists the labels that there are."""
+        return [value or "" for value in self.label_column(name).to_pylist()]
+
+    def label_column(self, name: str) -> pa.ChunkedArray:
+        """The same as the index holds it: strings, or null; not copied."""
         if f"label_{name}" not in self._table.column_names:
             known = [
                 column.removeprefix("label_")
@@ -90,7 +94,7 @@ class ShardIndex:
                 f"{self._files.where('index.parquet')}: no label '{name}'; there are: "
                 f"{', '.join(known) or 'none'}"
             )
-        return [value or "" for value in self._table[f"label_{name}"].to_pylist()]
+        return self._table[f"label_{name}"]
 
     def image_bytes(self, i: int) -> bytes:
         """The picture of sample i as it was fetched."""

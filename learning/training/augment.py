@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_tools.pictures import EncodedPicture
+from learning.training.rand_augment import SMALLEST_SIDE, rand_augmented
 
 # Sec. IV-C a: what the paper gives
 SMALLEST_CROP = 0.6
@@ -89,6 +90,12 @@ class ImageTransform:
         small = _resized(pixels, self.image_px).flatten(1).float()  # whole numbers are resized faster
         small = torch.addmm(offset[:, None], matrix / white, small).clamp_(0, 1)
         return torch.addcmul(self._shift, small.view(3, self.image_px, self.image_px), self._scale)
+
+    def randaugmented(self, picture: Picture, generator: torch.Generator) -> Float32[Tensor, "3 p p"]:
+        """Crop, flip and RandAugment of R2D2's released fine-tuning, normalised (rand_augment.py)."""
+        side = math.ceil(self.image_px / SMALLEST_SIDE)
+        pixels = rand_augmented(_pixels(picture, side, side), self.image_px, generator)
+        return torch.addcmul(self._shift, pixels.float(), self._scale / 255)
 
 
 def augment_tokens(

@@ -1,9 +1,9 @@
 """Global batches from a shard index: position is (seed, epoch, samples consumed) and nothing else.
 
 The order of an epoch is a stateless permutation; rank r of W takes rows r·b … (r + 1)·b - 1 of each global
-batch; text choice, augmentation and the replacement of a bad sample are drawn from generators keyed by (seed,
-epoch, sample key). So a resume costs no scan, and any number of ranks reads the same global batches. How they
-are made ahead of the training is prefetch.py's.
+batch; text choice, augmentation, masks and the replacement of a bad sample are drawn from generators keyed by
+(seed, epoch, sample key). So a resume costs no scan, and any number of ranks reads the same global batches.
+How they are made ahead of the training is prefetch.py's.
 """
 
 import functools
@@ -22,10 +22,13 @@ from data_tools.corpus_source import CorpusSource
 from data_tools.pictures import EncodedPicture, PictureError
 from data_tools.shards import ShardIndex
 from learning.evaluation.gallery import TextField, texts_of
-from learning.methods.base import Batch, Views
+from learning.methods.base import Batch, MaskedPatches, Views
 from learning.tokenizer import Tokenizer
-from learning.training.augment import ImageTransform, Picture, augment_tokens
+from learning.training.augment import ImageTransform, Picture
+from learning.training.masking import check_masks, mask_patches
 from learning.training.randomness import MixedShards, Permutation, keyed_generator, stable_hash
+from learning.training.sample_labels import BadRecord, SampleLabels
+from learning.training.text_views import TextViews
 from learning.training.tower_tokens import TowerTokens
 
 CACHE_MARGIN = 1.25  # a cached picture's shorter side, as a multiple of image_px, at most
@@ -41,6 +44,11 @@ class DataConfig(CorpusSource):
         default=("title", "content", "queries", "captions"),
         min_length=1,
         description="one of a sample's texts is drawn: first a field that it has, then a text of that field",
+    )
+    positives: str | None = Field(
+        default=None,
+        description="a label: samples with the same value are each other's positives, where a loss knows of "
+        "them; null: each sample is its own alone",
     )
     mix_shards: int | None = Field(
         default=None,
@@ -86,10 +94,24 @@ class Rows:
     """Consecutive rows of one rank's part of a global batch. Texts are not padded yet, and are numpy's, which
     cross processes cheaply."""
 
+    step: int
     keys: list[str]
     images: dict[str, Tensor]  # by view: (n, 3, p, p), or the frozen tower's tokens (n, t, v)
     texts: dict[str, list[Int64[np.ndarray, " _"]]]
+    ids: Int64[np.ndarray, " n"]
+    labels: dict[str, Int64[np.ndarray, " n"]]
     skipped: dict[str, str]
+
+
+@dataclass
+class _Sample:
+    """What one row is made of, before its text is split into tokens."""
+
+    key: str
+    images: dict[str, Tensor]
+    text: str
+    id: int
+    labels: dict[str, int]
 
 
 @dataclass
@@ -153,7 +175,8 @@ class Batches:
     ):
         """`max_length` in tokens. `tower`: what the frozen image tower gives, for `data.cache: tokens`.
 
-        Raises ValueError when the batch does not divide by `world_size`.
+        Raises ValueError when the batch does not divide by `world_size`, and for views and labels that the
+        pictures or the corpus do not have.
         """
         if config.cache == "tokens" and tower is None:
             raise ValueError(
@@ -166,14 +189,16 @@ class Batches:
                 f"contrastive_batch: {contrastive_batch} does not divide by {world_size} ranks; "
                 f"give a multiple of {world_size}"
             )
+        check_masks(views, transform.image_px)
         index.reads(config.mix_shards)
+        self._labels = SampleLabels(index, views.labels, config.positives)
         self.index, self.tokenizer, self.transform, self.views = index, tokenizer, transform, views
         self.config, self.seed, self.max_length = config, seed, max_length
         self.contrastive_batch, self.rank, self.world_size = contrastive_batch, rank, world_size
         self.per_epoch = steps_per_epoch(len(index), contrastive_batch)
         self.left_out: frozenset[str] = frozenset()  # keys that are replaced as bad samples are, uncounted
         self._shard_sizes = np.bincount(index.shard_of)  # samples stand shard by shard
-        self._vocabulary_size = tokenizer.vocabulary_size  # once: it is counted anew each time
+        self._token_ids = TextViews(tokenizer, views.texts, max_length, seed)
         self._pictures: dict[int, Tensor] = {}
         self._texts: dict[int, list[list[str]]] = {}
         self._cache_left = config.cache_mb * 2**20 if config.cache != "none" else 0
@@ -217,17 +242,18 @@ class Batches:
             self.index.fetch_ahead(self.samples(step + FETCH_AHEAD)[1])
         mine = positions[len(positions) * part // parts : len(positions) * (part + 1) // parts]
         skipped: dict[str, str] = {}
-        keys: list[str] = []
-        made: dict[str, list[Tensor]] = {name: [] for name in self.views.images}
-        texts: list[str] = []
-        for position in mine.tolist():
-            key, pictures, text = self._good_sample(epoch, position, skipped)
-            keys.append(key)
-            texts.append(text)
-            for name, values in pictures.items():
-                made[name].append(values)
-        images = {name: torch.stack(each) for name, each in made.items() if each}
-        return Rows(keys, images, self._tokens(epoch, keys, texts), skipped)
+        samples = [self._good_sample(epoch, position, skipped) for position in mine.tolist()]
+        keys = [sample.key for sample in samples]
+        views = self.views.images if samples else {}  # there is nothing to stack
+        return Rows(
+            step,
+            keys,
+            {name: torch.stack([sample.images[name] for sample in samples]) for name in views},
+            self._token_ids(epoch, keys, [sample.text for sample in samples]),
+            np.array([sample.id for sample in samples], np.int64),
+            {name: np.array([s.labels[name] for s in samples], np.int64) for name in self.views.labels},
+            skipped,
+        )
 
     def joined(self, parts: Sequence[Rows | Failed]) -> Loaded | Failed:
         """The batch of all its parts, in their order."""
@@ -244,14 +270,24 @@ class Batches:
         }
         tokens = {name: images.pop(name) for name in list(images) if self._by_tower(name)}
         skipped = {key: why for part in rows for key, why in part.skipped.items()}
-        return Loaded(Batch(images, texts, [key for part in rows for key in part.keys], tokens), skipped)
+        batch = Batch(
+            images,
+            texts,
+            [key for part in rows for key in part.keys],
+            tokens,
+            ids=torch.from_numpy(np.concatenate([part.ids for part in rows])),
+            labels={
+                name: torch.from_numpy(np.concatenate([part.labels[name] for part in rows]))
+                for name in self.views.labels
+            },
+            draw=stable_hash(self.seed, "draw", rows[0].step),
+        )
+        return Loaded(batch, skipped)
 
     def _by_tower(self, view: str) -> bool:
         return self.tower is not None and self.views.images[view] == "plain"
 
-    def _good_sample(
-        self, epoch: int, position: int, skipped: dict[str, str]
-    ) -> tuple[str, dict[str, Tensor], str]:
+    def _good_sample(self, epoch: int, position: int, skipped: dict[str, str]) -> _Sample:
         """The sample at a position, or the one that stands in for it.
 
         The stand-in is drawn by the bad sample's own key, epoch and attempt, so no other row of any rank
@@ -262,7 +298,7 @@ class Batches:
             key = self.index.keys[position]
             try:
                 if key not in self.left_out:
-                    return key, self._images(epoch, position, key), self._text(epoch, position, key)
+                    return self._sample(epoch, position, key)
             except (PictureError, BadRecord) as error:
                 skipped[key] = str(error)
             drawn = stable_hash(self.seed, epoch, self.index.keys[original], "stand-in", attempt)
@@ -273,19 +309,29 @@ class Batches:
             "the corpus is damaged: run the shard stage again"
         )
 
+    def _sample(self, epoch: int, position: int, key: str) -> _Sample:
+        labels = self._labels.numbers(position)  # first: it costs least
+        images, text = self._images(epoch, position, key), self._text(epoch, position, key)
+        return _Sample(key, images, text, self._labels.id(position), labels)
+
     def _images(self, epoch: int, position: int, key: str) -> dict[str, Tensor]:
         """By view: pixels, or the frozen tower's tokens (`_by_tower`)."""
         picture = functools.cache(lambda: self._picture(position, key))  # decoded where a view needs it
+        plain = functools.cache(lambda: self.transform.plain(picture()))
         made = {}
         for name, how in self.views.images.items():
             if self.tower is not None and self._by_tower(name):
-                made[name] = self.tower.row(position, lambda: self.transform.plain(picture()))
+                made[name] = self.tower.row(position, plain)
             elif how == "plain":
-                made[name] = self.transform.plain(picture())
+                made[name] = plain()
             else:
-                made[name] = self.transform.augmented(
-                    picture(), keyed_generator(self.seed, epoch, key, "image", name)
-                )
+                generator = keyed_generator(self.seed, epoch, key, "image", name)
+                if isinstance(how, MaskedPatches):
+                    made[name] = mask_patches(plain(), how.share, how.patch_px, generator)
+                elif how == "randaugment":
+                    made[name] = self.transform.randaugmented(picture(), generator)
+                else:
+                    made[name] = self.transform.augmented(picture(), generator)
         return made
 
     def plain_pixels(self, position: int) -> Tensor | None:
@@ -331,30 +377,6 @@ class Batches:
         if not fields:
             raise BadRecord(f"{where}: it has no text in {', '.join(self.config.texts)}")
         return fields
-
-    def _tokens(
-        self, epoch: int, keys: Sequence[str], texts: Sequence[str]
-    ) -> dict[str, list[Int64[np.ndarray, " _"]]]:
-        """Ids of each text, by view."""
-        rows = self.tokenizer.encode_each(texts, self.max_length)
-        made = {}
-        for name, how in self.views.texts.items():
-            each = (
-                rows
-                if how == "plain"
-                else [self._augmented(epoch, key, name, row) for key, row in zip(keys, rows, strict=True)]
-            )
-            made[name] = [ids.numpy() for ids in each]
-        return made
-
-    def _augmented(self, epoch: int, key: str, view: str, ids: Tensor) -> Tensor:
-        generator = keyed_generator(self.seed, epoch, key, "tokens", view)
-        own = self.tokenizer
-        return augment_tokens(ids, generator, own.mask_id, self._vocabulary_size, own.special_ids)
-
-
-class BadRecord(ValueError):
-    """A sample whose record cannot be used; the message names shard and key."""
 
 
 def _shrunk(picture: EncodedPicture, image_px: int) -> UInt8[Tensor, "3 h w"]:

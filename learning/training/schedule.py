@@ -15,6 +15,9 @@ class ScheduleConfig(BaseModel):
     warmup: float = Field(
         default=0.0, ge=0, description="below 1: a share of all steps; from 1 on: a number of steps"
     )
+    warmup_from: float = Field(
+        default=0.0, ge=0, lt=1, description="the share of the rate that warm-up starts above"
+    )
     decay_at: float = Field(
         default=0.5, gt=0, lt=1, description="step: the share of all steps after which the rate falls"
     )
@@ -39,13 +42,14 @@ class ScheduleConfig(BaseModel):
 def factor(step: int, total: int, schedule: ScheduleConfig) -> float:
     """What the learning rate is multiplied by at optimizer step `step` (0 is the first) of `total`.
 
-    Warm-up is linear and reaches 1 at its last step: (step + 1) / warmup_steps. `step` falls by `decay` once
-    `decay_at` of all steps are done (COOKIE: a tenth after half of the epochs). `cosine` and `linear` go from
-    1, right after warm-up, to `floor`, which the step after the last one would have.
+    Warm-up is linear, from `warmup_from` before the first step to 1 at its last: (step + 1) / warmup_steps of
+    the way. `step` falls by `decay` once `decay_at` of all steps are done (COOKIE: a tenth after half of the
+    epochs). `cosine` and `linear` go from 1, right after warm-up, to `floor`, which the step after the last
+    one would have.
     """
     warmup = schedule.warmup_steps(total)
     if step < warmup:
-        return (step + 1) / warmup
+        return schedule.warmup_from + (1 - schedule.warmup_from) * ((step + 1) / warmup)
     if schedule.name == "constant":
         return 1.0
     if schedule.name == "step":
