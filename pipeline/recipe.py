@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -49,6 +49,11 @@ class Head(Frozen):
     )
     tracking: Tracking = Tracking()
     launch: Launch = Launch()
+    reuse: tuple[Annotated[str, Field(pattern=NAME)], ...] = Field(
+        default=(),
+        description="names of other recipes, of which this one has stages by `extends`: what they have done "
+        "under the same root is taken from there, where nothing that shapes it differs",
+    )
     model: dict[str, Any] = Field(
         default_factory=dict,
         description='for stages to refer to: `model: "${model}"`; checked where it is used',
