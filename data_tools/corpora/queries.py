@@ -93,7 +93,7 @@ def zero_pairs(source: Source) -> Iterator[Row | Dropped]:
     """Zero's ICM, IQM, ICR and IQR: {"text", "image_path"} a line, in ICM and IQM "label" too, 1 for a match.
 
     All pictures lie in one folder, whatever folders `image_path` names. The label goes into the URL, as
-    `?match=1` or `?match=0`: a shard stage makes a label of it, and one picture may stand in both.
+    `?match=1` or `?match=0`, of which a shard stage makes a label (`labels`, `pair_labels`).
     """
     for split in PAIR_SPLITS:
         for path in source.files.get(split, ()):
