@@ -72,7 +72,8 @@ class TrainingConfig(StageConfig):
 
     model: dict[str, Any] = Field(description="validated by the Config of the method that it names")
     losses: dict[str, float] = Field(
-        min_length=1, description="weight of each loss in the sum; null leaves a loss of `extends` out"
+        min_length=1,
+        description="weight of each loss in the sum; null: without it, where `extends` or --set gives one",
     )
     data: DataConfig = DataConfig()
     contrastive_batch: int = Field(
@@ -132,8 +133,8 @@ class TrainingConfig(StageConfig):
 
     @field_validator("losses", mode="before")
     @classmethod
-    def _left_out(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
+    def _without(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
             return values
         return {name: weight for name, weight in values.items() if weight is not None}
 

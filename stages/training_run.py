@@ -179,7 +179,9 @@ class _Training:
         tower, job = self.batches.tower, self.job
         if tower is None:
             return
+        # of upstream, and of other settings of this stage: another learning rate needs no other tokens
         earlier = [] if self.upstream is None else [self.upstream / TOWER_TOKENS]
+        earlier += sorted(path for path in job.directory.parent.glob(f"*/{TOWER_TOKENS}"))
         share = len(range(distributed.rank(), len(self.index), distributed.world_size()))
         with job.progress.task(f"{self.config.kind}: the image tower, pictures", share) as task:
 

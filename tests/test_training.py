@@ -81,6 +81,13 @@ def test_a_wrong_config_is_refused_with_the_field(changed: dict[str, Any], messa
     assert message in str(raised.value)
 
 
+def test_a_loss_of_weight_null_is_left_out() -> None:
+    config = Config(**config_values(losses={"ccl": 1.0, "hinge": None}))
+    assert config.losses == {"ccl": 1.0}
+    with pytest.raises(ValidationError, match="at least 1"):
+        Config(**config_values(losses={"ccl": None}))
+
+
 def test_cosmetic_fields_exist() -> None:
     for name in Config.cosmetic:
         fields: Any = Config.model_fields
@@ -152,6 +159,10 @@ def test_cached_tower_tokens_train_the_same_model(tmp_path: Path) -> None:
         run(Config(**values), make_job(tmp_path / cache, corpus))
     plain, cached = (load_file(tmp_path / c / "out/model.safetensors") for c in ("memory", "tokens"))
     torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-4)
+    values["optimizer"] = {"learning_rate": 2e-3}  # another fingerprint of the stage: the same tokens
+    run(Config(**values), make_job(tmp_path / "another", corpus))
+    first, again = (next((tmp_path / d / "tower_tokens").glob("*.tokens")) for d in ("tokens", "another"))
+    assert again.samefile(first)
     learns = MODEL | {"vision": MODEL["vision"] | {"trainable": True}}
     with pytest.raises(StageError, match=r"model\.vision\.trainable: false"):
         run(Config(**config_values(model=learns, data={"cache": "tokens"})), make_job(tmp_path / "x", corpus))

@@ -193,11 +193,11 @@ class R2D2(Method):
         if taught is None:
             return
         self.teacher.follow(**self._followed())
-        for side, unit, mean in zip(("image", "text"), taught.units, taught.means, strict=True):
+        for side, features in zip(("image", "text"), taught.every, strict=True):
             if "gcpr_tgd" in self.losses:
-                self.queues[side].push(unit, taught.ids)  # type: ignore[operator]
+                self.queues[side].push(features, taught.ids)  # type: ignore[operator]
             if "fgd" in self.losses:
-                self.centres[side].push(mean)  # type: ignore[operator]
+                self.centres[side].push(features.mean(dim=0))  # type: ignore[operator]
 
     def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         return _unit(self.image_feature(self.vision(images)))
@@ -253,7 +253,7 @@ class R2D2(Method):
             terms.losses["gcpr"] = (found[0].loss + found[1].loss) / 2
             terms.report["gcpr_accuracy"] = (found[0].accuracy + found[1].accuracy) / 2
             return
-        units = step.need_teacher().own_units
+        units = step.need_teacher().own
         positive = step.ids[:, None] == step.all_ids
         total = temperature.new_zeros(())
         for (query, key), teacher in zip(both, units, strict=True):
@@ -274,7 +274,10 @@ class R2D2(Method):
         terms.losses["gcpr_tgd"] = sum_over_ranks(total) / (2 * step.rows)
 
     def _fine_ranking(self, step: "_Step", terms: Terms) -> None:
-        """FGR (Eq. 3) on the positive pairs and two hard negatives of each; with ET, MLM on the positives."""
+        """FGR (Eq. 3) on the positive pairs and two hard negatives of each; with ET, MLM on the positives.
+
+        With ET all texts are the masked ones: were the positives' alone, [MASK] would tell the answer.
+        """
         ranking, count = self._need_ranking(), len(step.ids)
         enhanced = "mlm" in self.losses and self.config.enhanced_training
         wanted_texts, wanted_images = self._negatives(step)
@@ -286,11 +289,11 @@ class R2D2(Method):
         other_images = Exchange(step.or_own(wanted_images), rows_by_rank).fetch(step.image_tokens)
         image = ranking.images(torch.cat([step.image_tokens, other_images])).tokens
         length = all_reduce_max(step.text.ids.shape[1])  # all ranks' rows travel in one shape
-        plain, mask = _padded(step.text_tokens, length), _padded(step.text.mask, length)
-        positive = _padded(step.masked_tokens, length) if enhanced else plain
+        own = _padded(step.masked_tokens if enhanced else step.text_tokens, length)
+        mask = _padded(step.text.mask, length)
         other_texts = Exchange(step.or_own(wanted_texts), rows_by_rank)
         text = ranking.texts(
-            torch.cat([positive, other_texts.fetch(plain), plain]),
+            torch.cat([own, other_texts.fetch(own), own]),
             torch.cat([mask, other_texts.fetch(mask), mask]),
         )
         pairs = Fused(torch.cat([image[:count], image]), None)
@@ -362,8 +365,10 @@ class R2D2(Method):
     def _feature_distillation(self, step: "_Step", terms: Terms) -> None:
         """FgD (Eq. 6, 7): the teacher has the whole inputs, the student masked ones."""
         config, taught = self.config.teacher, step.need_teacher()
-        students = (step.masked_image_feature(), self.text_feature(step.masked_tokens))
-        total = students[0].new_zeros((), dtype=torch.promote_types(students[0].dtype, torch.float32))
+        # The paper does not say whether f is normalised: features have unit length, as in Eq. 1. DINO's
+        # outputs are bounded too; were f not, its norm would grow.
+        students = (_unit(step.masked_image_feature()), _unit(self.text_feature(step.masked_tokens)))
+        total = students[0].new_zeros(())
         for side, student, teacher in zip(("image", "text"), students, taught.own, strict=True):
             centre: Any = self.centres[side]
             temperatures = (config.student_temperature, config.teacher_temperature)
@@ -408,12 +413,10 @@ class R2D2(Method):
 
 
 class _Taught(NamedTuple):
-    """What the teacher gave for a step, of (image, text); `units` and `ids` are all ranks'."""
+    """What the teacher gave for a step: unit features of (image, text), and all ranks' with their ids."""
 
     own: tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]
-    own_units: tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]
-    units: tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]
-    means: tuple[Float[Tensor, " d"], Float[Tensor, " d"]]
+    every: tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]
     ids: Int64[Tensor, " n"]
 
 
@@ -483,14 +486,9 @@ class _Step:
                 tokens = teacher.vision(self.batch.images["image"])
             image = teacher.image_projection(method.image_cls(tokens))
             text = teacher.text_projection(teacher.text(self.text)[:, 0])
-        wide = torch.promote_types(image.dtype, torch.float32)
-        own = (image.to(wide), text.to(wide))
-        units = (_unit(image), _unit(text))
-        d = image.shape[1]
-        everything = gather(torch.cat([*own, *units], dim=1), self.batch.rows_by_rank)
-        image_all, text_all, image_units, text_units = everything.split(d, dim=1)
-        means = (image_all.mean(dim=0), text_all.mean(dim=0))
-        return _Taught(own, units, (image_units, text_units), means, self.all_ids)
+        own = (_unit(image), _unit(text))
+        images, texts = gather(torch.cat(own, dim=1), self.batch.rows_by_rank).chunk(2, dim=1)
+        return _Taught(own, (images, texts), self.all_ids)
 
     def _texts(self, wants_masked: bool) -> tuple[Tensor, Tensor | None]:
         """The text tower's tokens, of the masked view too by the same forward pass."""
