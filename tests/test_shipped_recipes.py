@@ -1,4 +1,5 @@
-"""Every recipe that is shipped is valid and checked for leaks; cookie.yaml and r2d2_*.yaml hold the papers' numbers."""
+"""Every recipe that is shipped is valid and checked for leaks; cookie.yaml and r2d2_*.yaml hold their papers'
+numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -84,14 +85,25 @@ def test_r2d2_has_the_papers_numbers(name: str, vision: str, layers: int, patch_
     assert (tower.name, tower.layers, tower.patch_px, tower.image_px) == (vision, layers, patch_px, 224)
     assert not tower.trainable
     assert (model.text.layers, model.text.width, model.text.weights) == (12, 768, None)
-    assert (model.dimension, model.cross_layers, model.mask_share, model.enhanced_training) == (768, 6, 0.15, True)
+    assert (model.dimension, model.cross_layers, model.mask_share, model.enhanced_training) == (
+        768,
+        6,
+        0.15,
+        True,
+    )
     assert (model.temperature.initial, model.temperature.learnable) == (0.07, True)
     assert model.image_mask.patch_px == patch_px
     teacher = model.teacher
     assert (teacher.momentum, teacher.queue, teacher.queue_decay) == (0.995, 65_536, 0.99)
     assert (teacher.alpha, teacher.student_temperature, teacher.teacher_temperature) == (0.4, 0.1, 0.04)
     log: Any = recipe.stages["filter"]
-    assert (log.best_per_query, log.min_words, log.max_words, log.min_side_px, log.max_aspect) == (1, 2, 128, 100, 4)
+    assert (log.best_per_query, log.min_words, log.max_words, log.min_side_px, log.max_aspect) == (
+        1,
+        2,
+        128,
+        100,
+        4,
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,12 +151,21 @@ def test_fine_tuning_has_the_papers_and_the_released_settings(name: str) -> None
     stage, gallery = stages["finetune"], stages["evaluate"].galleries[0]
     assert stage.inputs == {"corpus": name, "weights": "pretrain"}
     assert stages["evaluate"].inputs == {"corpus": name, "weights": "finetune"}
-    assert (gallery.name, gallery.split, stage.validation.split, stage.data.split) == (name, "test", "val", "train")
+    assert (gallery.name, gallery.split, stage.validation.split, stage.data.split) == (
+        name,
+        "test",
+        "val",
+        "train",
+    )
     assert (stage.epochs, stage.batch_per_gpu, stage.schedule.name) == (10, 32, "cosine")
     tuned, trained = (methods.parse_config(stages[n].model) for n in ("finetune", "pretrain"))
     model: Any = tuned
     assert model.image_view == "randaugment"
-    assert (model.vision, model.text, model.temperature) == (trained.vision, trained.text, trained.temperature)  # type: ignore[attr-defined]
+    assert (model.vision, model.text, model.temperature) == (
+        trained.vision,
+        trained.text,
+        trained.temperature,
+    )  # type: ignore[attr-defined]
     assert (model.temperature.min, model.temperature.max, model.text.max_length) == (0.001, 0.5, 64)
     rates = (stage.optimizer.learning_rate, stage.optimizer.weight_decay, stage.schedule.warmup)
     first_rate = stage.optimizer.learning_rate * stage.schedule.warmup_from
@@ -154,7 +175,11 @@ def test_fine_tuning_has_the_papers_and_the_released_settings(name: str) -> None
         assert stages[name].labels is not None
         assert stages[name].pair_labels == ("match",)
         return
-    assert (stage.losses, stage.pick_best, gallery.task) == ({"gcpr": 1.0, "fgr": 1.0}, "val/r@m", "retrieval")
+    assert (stage.losses, stage.pick_best, gallery.task) == (
+        {"gcpr": 1.0, "fgr": 1.0},
+        "val/r@m",
+        "retrieval",
+    )
     assert (rates, first_rate) == ((1e-5, 0.05, 500), pytest.approx(1e-6))
     assert model.match_weights == (1.0, 2.0)
     assert gallery.rerank.top_k == (128 if name.startswith("flickr30k") else 64)
@@ -173,7 +198,9 @@ def test_fine_tuning_starts_from_the_pre_training_of_another_recipe(tmp_path: Pa
     tuned = r2d2("finetune_icr")
     assert shorts(tuned, tmp_path)["pretrain"] == large["pretrain"] != base["pretrain"]
     assert {"r2d2_large", "r2d2_base", "zero_corpus", "chinese_sets"} <= set(tuned.head.reuse)
-    head = (ROOT / "recipes/r2d2_finetune_retrieval.yaml").read_text(encoding="utf-8").partition("extends:")[0]
+    head = (
+        (ROOT / "recipes/r2d2_finetune_retrieval.yaml").read_text(encoding="utf-8").partition("extends:")[0]
+    )
     as_base = [word for word in head.split() if "=" in word]
     assert len(as_base) == 4
     assert shorts(r2d2("finetune_icr", *as_base), tmp_path)["pretrain"] == base["pretrain"]
