@@ -1,4 +1,4 @@
-"""ICM's layout to a corpus whose samples are labelled match or no match: ingest, crawl from a folder, shard."""
+"""ICM's layout to a corpus whose samples are labelled match or no match: ingest, crawl, shard."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Queries and the pictures that answer them: Zero's pre-training set, its benchmarks, and MUGE's retrieval set."""
+"""Texts of searches and the pictures that answer them: Zero's pre-training set and its benchmarks, and MUGE."""
 
 import json
 from collections.abc import Iterator
