@@ -78,13 +78,15 @@ def _identity(
     files |= {field: _sha256_at(address, name, field) for field, address in config.addresses().items()}
     # The content of a file counts, not where it is: its path in the config is replaced by the field's name.
     written = {str(path): f"<file {field}>" for field, path in config.files().items()}
-    values = _without(config.model_dump(mode="json"), {*config.cosmetic, "kind", "inputs"})
-    values = _replaced(values, written)
+    left_out = {*config.cosmetic, "kind", "inputs"}
+    values = _replaced(_without(config.model_dump(mode="json"), left_out), written)
+    # Without what is left at its default: a later Tandem with another field goes on with the same runs
+    chosen = _replaced(_without(config.model_dump(mode="json", exclude_defaults=True), left_out), written)
     whole = {
         "kind": config.kind,
         "version": type(config).version,
         "seed": recipe.head.seed,
-        "config": values,
+        "config": chosen,
         "files": files,
         "inputs": dict(inputs),
     }

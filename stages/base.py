@@ -49,7 +49,7 @@ class StageConfig(Frozen):
     optional_roles: ClassVar[tuple[str, ...]] = ()  # inputs it may have
     array: ClassVar[bool] = False  # may run as an array of tasks, and `finish`
     distributed: ClassVar[bool] = False  # one process a GPU (or a laptop's `launch.processes`)
-    version: ClassVar[int] = 1  # raise when the same config makes something else
+    version: ClassVar[int] = 1  # raise when the same config makes something else: a default changes, say
 
     kind: str
     inputs: dict[str, str] = Field(default_factory=dict, description="role: name of an earlier stage")

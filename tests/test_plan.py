@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from pydantic import create_model
 from rich.console import Console
 
+import tests.tiny.train
 from pipeline import plan, tables
 from pipeline.fingerprint import ABSENT, HashCache, Identity, file_hashes, file_sha256, identities
 from pipeline.recipe import Recipe, load
@@ -57,6 +59,18 @@ def test_a_change_reaches_what_depends_on_it_and_nothing_else(
     before, after = shorts(path, tmp_path), shorts(path, tmp_path, override)
     assert {name for name in before if before[name] != after[name]} == changed
     assert all(len(short) == 12 for short in before.values())
+
+
+def test_a_field_that_a_later_version_adds_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upgrade must not train anew what is done: what is left at its default does not count."""
+    path = write_recipe(tmp_path)
+    before = shorts(path, tmp_path)
+    later = create_model("Later", __base__=tests.tiny.train.Config, new_field=(int, 3))
+    monkeypatch.setattr(tests.tiny.train, "Config", later)
+    assert shorts(path, tmp_path) == before
+    assert shorts(path, tmp_path, "stages.train.new_field=4")["train"] != before["train"]
 
 
 def test_two_stages_of_equal_config_differ_by_their_inputs_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Texts of searches and the pictures that answer them: Zero's pre-training set and its benchmarks, and MUGE."""
+"""Queries and the pictures that answer them: Zero's pre-training set and benchmarks, MUGE's retrieval set."""
 
 import json
 from collections.abc import Iterator

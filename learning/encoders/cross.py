@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from learning.encoders.fusion import initialise_linear
+from learning.encoders.fusion import INIT_STD, initialise_linear
 from learning.encoders.layers import Layered
 
 NORM_EPS = 1e-12  # BERT's
+BERT_WIDTH = 768
 
 
 class Attention(nn.Module):
@@ -71,7 +72,9 @@ class CrossLayer(nn.Module):
         self.widen = nn.Linear(width, intermediate)
         self.narrow = nn.Linear(intermediate, width)
         self.ffn_norm = nn.LayerNorm(width, eps=NORM_EPS)
-        initialise_linear(self)
+        # The paper is silent on initialisation: BERT's 0.02 at BERT's width, and at another one what keeps
+        # the sub-layers' outputs as large as there
+        initialise_linear(self, INIT_STD * math.sqrt(BERT_WIDTH / width))
 
     def forward(
         self,

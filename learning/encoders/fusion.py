@@ -110,11 +110,11 @@ class FullyConnected(nn.Module):
         return x_bnd
 
 
-def initialise_linear(module: nn.Module) -> None:
-    """Truncated normal of 0.02 for the weights of the linear layers in `module`, zero for their biases."""
+def initialise_linear(module: nn.Module, std: float = INIT_STD) -> None:
+    """Truncated normal of `std` for the weights of the linear layers in `module`, zero for their biases."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
-            nn.init.trunc_normal_(part.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)
+            nn.init.trunc_normal_(part.weight, std=std, a=-2 * std, b=2 * std)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
 
