@@ -1,6 +1,6 @@
 """What freezing the image tower saves: memory and time of a training step, beside one that trains it.
 
-python -m benchmarks.frozen_tower                                    (two minutes on one core, 3 GB)
+python -m benchmarks.frozen_tower                                    (a minute of one idle core, 3 GB)
 python -m benchmarks.frozen_tower --steps 3 --batch 8
 
 Measured: the baseline method with CLIP's tower at ViT-B/16's patches, 6 layers of 384, and the engine's own

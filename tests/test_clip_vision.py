@@ -23,6 +23,7 @@ from learning.training.augment import ImageTransform
 from learning.training.blocks import recompute_blocks
 from learning.training.deepspeed_setup import read_deepspeed_config
 from learning.training.engine import Engine
+from learning.training.footprint import footprint
 from learning.training.rates import OptimizerConfig, parameter_groups
 from pipeline.recipe import load
 from stages.base import StageError
@@ -176,6 +177,18 @@ def cookie_case_batch(method: Method, count: int = 4) -> Any:
     batch = cookie_case.batch(method, count)
     batch.images = {name: images(count) for name in batch.images}
     return batch
+
+
+def test_a_frozen_tower_keeps_nothing_for_backward() -> None:
+    """Of the counts on tensors without content; the tower alone has 2 of the 3 layers."""
+    told = []
+    for trainable in (True, False):
+        values = {"method": "clip", "text": cookie_case.MODEL["text"]}
+        values |= {"vision": TOWER | {"trainable": trainable, "image_px": 64}}
+        told.append(footprint(values, ("ccl",), 8, torch.bfloat16, cookie_case.VOCABULARY))
+    trained, frozen = told
+    assert frozen.activation_bytes < 0.4 * trained.activation_bytes
+    assert frozen.forward_flops == trained.forward_flops
 
 
 def test_a_trained_tower_gets_a_gradient_everywhere_and_rates_by_layer() -> None:

@@ -21,7 +21,7 @@ def mask_tokens(
 ) -> Int64[Tensor, " m"]:
     """One unpadded text, `share` of its ordinary tokens, rounded, at least one, replaced by [MASK].
 
-    The special tokens ([CLS], [SEP], [UNK] …) stay; a text of nothing else stays as it is. R2D2, Sec. 4.3:
+    The special tokens ([CLS], [SEP], [UNK] …) stay; a text of nothing else stays as it is. R2D2, Sec. 3.2:
     always [MASK], never a random token or the token itself.
     """
     ordinary = torch.isin(ids, torch.tensor(list(special_ids)), invert=True).nonzero()[:, 0]
