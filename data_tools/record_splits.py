@@ -18,6 +18,7 @@ class RecordSplits:
     rules: Sequence[SplitRule]
     seed: int
     labels: re.Pattern[str] | None  # on the URL
+    pair_labels: Sequence[str] = ()  # labels of picture and text together
 
     def of(self, record: Mapping[str, Any]) -> str:
         """The split of a record: by its labels, its key, and the splits that its sources put it into."""
@@ -27,12 +28,17 @@ class RecordSplits:
     def belongs(self, record: Mapping[str, Any], split: str) -> Callable[[str, str | None], bool]:
         """Whether a text may stand in the record, by the URL that it came with and its source's own split."""
         of_url = given_splits(record["given"] or [])
+        said = self._said_of_pair(record["url"])
 
         def may(url: str, own: str | None) -> bool:
             given = of_url.get(url, set()) if own is None else {own}  # without its own it goes with its URL
-            return self._of(record["key"], url, given) == split
+            return self._of(record["key"], url, given) == split and self._said_of_pair(url) == said
 
         return may
+
+    def _said_of_pair(self, url: str) -> list[str]:
+        found = labels_of(url, self.labels) if self.pair_labels else {}
+        return [found.get(name, "") for name in self.pair_labels]
 
     def _of(self, key: str, url: str, given: set[str]) -> str:
         return split_of(key, labels_of(url, self.labels), self.rules, self.seed, given)

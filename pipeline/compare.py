@@ -43,7 +43,7 @@ def of_all_runs(run: RunView) -> list[Column]:
     ends.sort(key=lambda path: (path / "DONE.json").stat().st_mtime)
     columns = []
     for end in ends:
-        chain = _chain(run.root / run.name, last, end.name)
+        chain = _chain(run, last, end.name)
         columns.append(_column(f"{last}/{end.name[:6]}", list(chain.values()), list(chain)))
     return columns
 
@@ -81,11 +81,11 @@ def _column(title: str, directories: Sequence[Path], names: Sequence[str]) -> Co
     return Column(title, settings, metrics)
 
 
-def _chain(recipe_directory: Path, stage: str, short: str) -> dict[str, Path]:
+def _chain(run: RunView, stage: str, short: str) -> dict[str, Path]:
     """The stage's directory and all that it was made from, the earliest first."""
-    directory = recipe_directory / stage / short
+    directory = RunDirectory.find(run.root, run.name, run.reuse, stage, short).path
     found: dict[str, Path] = {}
     config = RunDirectory(directory).config() or {}
     for upstream in (config.get("inputs") or {}).values():
-        found |= _chain(recipe_directory, upstream["stage"], upstream["fingerprint"])
+        found |= _chain(run, upstream["stage"], upstream["fingerprint"])
     return found | {stage: directory}

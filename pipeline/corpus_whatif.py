@@ -70,7 +70,8 @@ def _answer(path: Path, root: Path, stage: str, overrides: Sequence[str]) -> Wha
     before, after = recipe.stages[stage], changed.stages[stage]
     assert isinstance(before, Config) and isinstance(after, Config)
     _check_answerable(stage, before, after)
-    directory = RunDirectory.of(root, recipe.name, identities(recipe, root)[stage])
+    short = identities(recipe, root)[stage].short
+    directory = RunDirectory.find(root, recipe.name, recipe.head.reuse, stage, short)
     check = directory.check()
     measures = directory.path / "out" / "measures.parquet"
     if check.content is None or not measures.is_file():

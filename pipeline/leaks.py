@@ -144,7 +144,7 @@ def _stage_names(
         if one.get("split") not in (None, gallery.get("split")):
             continue
         if one.get("role"):
-            found = _Corpus((making.get("inputs") or {}).get("held_out"), None)
+            found = _Corpus((making.get("inputs") or {}).get(one["role"]), None)
         elif one.get("corpus"):
             found = _Corpus(None, _resolved(str(one["corpus"]), source))
         else:

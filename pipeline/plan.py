@@ -79,7 +79,7 @@ def make(recipe: Recipe, root: Path) -> Plan:
     root = root.resolve()
     planned: dict[str, StagePlan] = {}
     for name, identity in identities(recipe, root).items():
-        directory = RunDirectory.of(root, recipe.name, identity)
+        directory = RunDirectory.find(root, recipe.name, recipe.head.reuse, name, identity.short)
         check = directory.check()
         rerun = [other for other in identity.input_stages.values() if planned[other].action != "reuse"]
         action, why = _action(identity, directory, check, rerun, planned)

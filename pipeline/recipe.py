@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -49,6 +49,11 @@ class Head(Frozen):
     )
     tracking: Tracking = Tracking()
     launch: Launch = Launch()
+    reuse: tuple[Annotated[str, Field(pattern=NAME)], ...] = Field(
+        default=(),
+        description="names of other recipes, of which this one has stages by `extends`: what they have done "
+        "under the same root is taken from there, where nothing that shapes it differs",
+    )
     model: dict[str, Any] = Field(
         default_factory=dict,
         description='for stages to refer to: `model: "${model}"`; checked where it is used',
@@ -197,7 +202,7 @@ def _stage(name: str, values: dict[str, Any], source: Source) -> StageConfig:
         config = config_class.model_validate(values)
     except ValidationError as error:
         raise recipe_errors.explain(error, config_class, location, source) from error
-    allowed = (*config.roles, *config.optional_roles)
+    allowed = tuple(dict.fromkeys((*config.roles, *config.optional_roles, *sorted(config.roles_named()))))
     for role in config.inputs:
         if role not in allowed:
             raise StageError(

@@ -39,6 +39,7 @@ class RunView:
     root: Path
     stages: list[StageRun]
     truth: Path | None
+    reuse: tuple[str, ...] = ()  # recipes whose finished stages are taken
 
 
 def view(recipe_path: Path, root: Path, overrides: Sequence[str] = ()) -> RunView:
@@ -48,8 +49,8 @@ def view(recipe_path: Path, root: Path, overrides: Sequence[str] = ()) -> RunVie
     truth = None if head.truth is None else source.path.resolve().parent / head.truth
     runs = []
     for entry in _stages(recipe_path, root, overrides, head.name, source.values):
-        directory = root / head.name / entry["stage"] / entry["short"]
-        check = RunDirectory(directory).check()
+        found = RunDirectory.find(root, head.name, head.reuse, entry["stage"], entry["short"])
+        directory, check = found.path, found.check()
         runs.append(
             StageRun(
                 entry["stage"],
@@ -63,7 +64,7 @@ def view(recipe_path: Path, root: Path, overrides: Sequence[str] = ()) -> RunVie
                 entry["absent"],
             )
         )
-    return RunView(head.name, recipe_path, root, runs, truth)
+    return RunView(head.name, recipe_path, root, runs, truth, head.reuse)
 
 
 def as_json(run: RunView) -> dict[str, Any]:

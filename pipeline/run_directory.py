@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,19 @@ class RunDirectory:
     @classmethod
     def of(cls, root: Path, recipe_name: str, identity: Identity) -> "RunDirectory":
         return cls(root / recipe_name / identity.stage / identity.short)
+
+    @classmethod
+    def find(
+        cls, root: Path, recipe_name: str, reuse: Sequence[str], stage: str, short: str
+    ) -> "RunDirectory":
+        """Where a stage is done: the recipe's own directory, or else that of a recipe in `reuse`.
+
+        Its own where it is done in none: there it is to be made. A fingerprint is the same in every recipe.
+        """
+        own, *others = (cls(root / name / stage / short) for name in (recipe_name, *reuse))
+        if own.done_path.is_file():
+            return own
+        return next((other for other in others if other.check().done), own)
 
     @property
     def done_path(self) -> Path:

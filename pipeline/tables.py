@@ -56,7 +56,9 @@ def of_plan(plan: Plan) -> Table:
     table.columns[2].no_wrap = True
     for stage in plan.stages:
         word, style = ACTIONS[stage.action]
-        path = stage.directory.path.relative_to(plan.root / plan.recipe.name)
+        path = stage.directory.path.relative_to(plan.root)
+        if path.parts[0] == plan.recipe.name:
+            path = path.relative_to(plan.recipe.name)
         table.add_row(_cell(stage.name), Text(word, style=style), _cell(path), _cell(stage.why))
     unchecked = leaks.notes(plan.recipe.head.stages)
     if unchecked:

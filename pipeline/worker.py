@@ -287,7 +287,7 @@ def _inputs(recipe: Recipe, known: dict[str, Identity], identity: Identity, root
     """The input stages' directories. Raises StageError when one is not done."""
     inputs = {}
     for role, stage in identity.input_stages.items():
-        upstream = RunDirectory.of(root, recipe.name, known[stage])
+        upstream = RunDirectory.find(root, recipe.name, recipe.head.reuse, stage, known[stage].short)
         check = upstream.check()
         if not check.done:
             raise StageError(

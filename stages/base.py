@@ -66,6 +66,10 @@ class StageConfig(Frozen):
         """Roles that need no input, as a field names what they read."""
         return frozenset()
 
+    def roles_named(self) -> frozenset[str]:
+        """Inputs that a field of the config names, beside `roles` and `optional_roles`."""
+        return frozenset()
+
     def ranks_wanted(self) -> int | None:
         """How many ranks the config is written for; None: any number."""
         return None

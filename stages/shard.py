@@ -63,14 +63,17 @@ class LanguagesConfig(Frozen):
 
 
 class HeldOutConfig(Frozen):
-    """A set that is evaluated on: of this corpus, of the input `held_out`, or of a corpus in a directory."""
+    """A set that is evaluated on: of this corpus, of an input `held_out…`, or of a corpus in a directory."""
 
     name: str | None = Field(
         default=None, description="in dropped.parquet and the manifest; null: the split's"
     )
     split: str | None = Field(default=None, description="null: all of another corpus")
-    role: Literal["held_out"] | None = Field(
-        default=None, description="held_out: the corpus of the shard stage that inputs.held_out names"
+    role: str | None = Field(
+        default=None,
+        pattern="^held_out(_[a-z0-9_]+)?$",
+        description="held_out, or held_out_<any name> where there are several: the corpus of the shard stage "
+        "that this input names",
     )
     corpus: Path | None = Field(
         default=None, description="a directory with manifest.json, relative to the recipe"
@@ -83,7 +86,7 @@ class HeldOutConfig(Frozen):
     @model_validator(mode="after")
     def _is_one(self) -> "HeldOutConfig":
         if self.role is not None and self.corpus is not None:
-            raise ValueError("corpus: inputs.held_out is meant by `role` already; leave one of them out")
+            raise ValueError(f"corpus: inputs.{self.role} is meant by `role` already; leave one of them out")
         if self.role is None and self.corpus is None and self.split is None:
             raise ValueError("split: missing; name a split of this corpus, or give `role` or `corpus`")
         return self
@@ -95,7 +98,7 @@ class HeldOutConfig(Frozen):
 
     @property
     def called(self) -> str:
-        return self.name or self.split or ("held_out" if self.role else str(self.corpus))
+        return self.name or self.split or self.role or str(self.corpus)
 
 
 class DecontaminateConfig(Frozen):
@@ -125,6 +128,11 @@ class Config(StageConfig):
         default=False, description="read the shards back and compare every byte with what was written"
     )
     licence: LicenceConfig = LicenceConfig()
+    pair_labels: tuple[str, ...] = Field(
+        default=(),
+        description="labels of picture and text together, as ICM's match: where equal pictures become one "
+        "sample, texts of another value than its own are left out",
+    )
     languages: LanguagesConfig = LanguagesConfig()
     decontaminate: DecontaminateConfig | None = Field(default=None, description="null: nothing is checked")
 
@@ -154,10 +162,14 @@ class Config(StageConfig):
         both = set(self.checked_splits()) & {one.split for one in self.decontaminate.against if one.is_own}
         if both:
             raise ValueError(f"decontaminate.from: '{min(both, key=str)}' stands in `against` too")
-        needs_role = any(one.role for one in self.decontaminate.against)
-        if needs_role != ("held_out" in self.inputs):
-            raise ValueError("inputs.held_out: it and `role: held_out` in decontaminate.against go together")
+        held_out = {role for role in self.inputs if role.startswith("held_out")}
+        for role in sorted(self.roles_named() ^ held_out):
+            raise ValueError(f"inputs.{role}: it and `role: {role}` in decontaminate.against go together")
         return self
+
+    def roles_named(self) -> frozenset[str]:
+        against = self.decontaminate.against if self.decontaminate is not None else ()
+        return frozenset(one.role for one in against if one.role is not None)
 
     def checked_splits(self) -> tuple[str, ...]:
         """The splits that decontamination keeps clean."""
@@ -209,12 +221,13 @@ def _write_shards(
     labels = sorted(pattern.groupindex) if pattern else []
     rules = [split.rule() for split in config.splits]
     check_rules(rules, labels)
+    _check_pair_labels(config.pair_labels, labels)
     _check_licence(config.licence, labels)
     for name in ("pictures.parquet", "pairs.parquet"):
         if not (source / name).is_file():
             raise CorpusError(f"{source / name}: missing. Run the crawl stage again.")
     records, count, duplicates = read_records(source, job.directory / "records.tmp")
-    splits = RecordSplits(rules, config.seed, pattern)
+    splits = RecordSplits(rules, config.seed, pattern, config.pair_labels)
     outcome = None
     if config.decontaminate is not None:
         outcome = decontaminate_records(config, job, source, splits)
@@ -270,6 +283,12 @@ def _read_back(corpus: Path, job: Job, size: int) -> None:
             f"the first is in {one.shard}, byte {one.offset}: {one.kind}: {one.detail}. "
             "Run it again, on another disk."
         )
+
+
+def _check_pair_labels(named: tuple[str, ...], labels: list[str]) -> None:
+    unknown = sorted(set(named) - set(labels))
+    if unknown:
+        raise DataError(f"pair_labels: no label '{unknown[0]}'; labels: {', '.join(labels) or 'none'}")
 
 
 def _check_licence(licence: LicenceConfig, labels: list[str]) -> None:

@@ -55,7 +55,7 @@ def _held_out(config: HeldOutConfig, job: Job, records: Records, opened: Opened)
     if config.is_own:
         return own_set(HeldOut(config.called, config.split, config.texts), records, opened)
     corpus = (
-        job.inputs["held_out"] / "out"
+        job.inputs[config.role] / "out"
         if config.role is not None
         else job.recipe_directory / str(config.corpus)
     )

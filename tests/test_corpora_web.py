@@ -186,3 +186,53 @@ def test_muge_gives_a_row_a_picture_that_answers_a_query(tmp_path: Path) -> None
     write(tmp_path, {"MR_train_queries.jsonl": '{"query_id": 1}\n'})
     with pytest.raises(DataError, match="line 1: 'query_text' is missing; it must be of type str"):
         read(tmp_path, source)
+
+
+PAIR_URL = "http://zero.example/{}"
+
+
+def test_zero_pairs_give_the_label_in_the_url(tmp_path: Path) -> None:
+    lines = [
+        {"text": " 一只红色的熊猫 ", "image_path": "images/train/00a b.jpg", "label": 1},
+        {"text": "一辆车", "image_path": "00a b.jpg", "label": "0"},
+        {"text": " ", "image_path": "x/2.jpg", "label": 0},
+        {"text": "没有图片", "image_path": "x/", "label": 1},
+    ]
+    retrieval = [{"text": "雪山", "image_path": "images/7.jpg"}]
+    write(
+        tmp_path,
+        {
+            "itm_train.json": "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n",
+            "itr_val.json": json.dumps(retrieval[0]),
+        },
+    )
+    source = {
+        "format": "zero_pairs",
+        "files": {"val": "itr_val.json", "train": "itm_train.json"},
+        "images": "http://zero.example/",
+    }
+    rows, dropped = read(tmp_path, source)
+    assert rows == [
+        Row(PAIR_URL.format("00a%20b.jpg?match=1"), captions=("一只红色的熊猫",), split="train"),
+        Row(PAIR_URL.format("00a%20b.jpg?match=0"), captions=("一辆车",), split="train"),
+        Row(PAIR_URL.format("7.jpg"), captions=("雪山",), split="val"),
+    ]
+    assert dropped == [("no_text", "itm_train.json: line 3"), ("no_picture", "itm_train.json: line 4")]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"text": "a", "image_path": "1.jpg", "label": 2}', "line 1: 'label' is '2', not 1"),
+        ('{"text": "a", "image_path": "1.jpg", "label": true}', "line 1: 'label' is 'True', not 1"),
+        ('{"text": "a"}', "line 1: 'image_path' is missing; it must be of type str"),
+        ('{"text": "a", ', r"line 1: invalid JSON \("),
+    ],
+)
+def test_zero_pairs_name_the_line_and_the_field(tmp_path: Path, line: str, problem: str) -> None:
+    write(tmp_path, {"itm.json": line})
+    with pytest.raises(DataError, match=problem):
+        read(
+            tmp_path,
+            {"format": "zero_pairs", "files": {"test": "itm.json"}, "images": "http://zero.example/"},
+        )

@@ -181,6 +181,27 @@ def test_another_corpus_by_its_manifest_and_by_an_input(tmp_path: Path) -> None:
     assert kept.stat().st_mtime_ns == stamp  # its fingerprints are made once
 
 
+def test_several_held_out_corpora_are_all_compared(tmp_path: Path) -> None:
+    tones = ("grey", "white", "black")
+    pictures = {tone: jpeg(Image.new("RGB", (120, 120), tone)) for tone in tones}
+    for tone in ("grey", "white"):
+        write_crawl(tmp_path / f"crawl_{tone}" / "out", {f"http://t.example/{tone}": pictures[tone]})
+        shard.run(shard.Config(), job(tmp_path / tone, pictures=tmp_path / f"crawl_{tone}"))
+    write_crawl(tmp_path / "crawl" / "out", {f"http://s.example/{t}": pictures[t] for t in tones})
+    stage = config(
+        [{"role": "held_out_grey", "name": "one"}, {"role": "held_out_white"}],
+        inputs={"pictures": "crawl", "held_out_grey": "grey", "held_out_white": "white"},
+        splits=[{"name": "train"}],
+        labels=None,
+    )
+    assert stage.roles_named() == {"held_out_grey", "held_out_white"}
+    held = {f"held_out_{tone}": tmp_path / tone for tone in ("grey", "white")}
+    shard.run(stage, job(tmp_path / "shard", pictures=tmp_path / "crawl", **held))
+    assert set(records(tmp_path / "shard")) == {"http://s.example/black"}
+    manifest = json.loads((tmp_path / "shard" / "out" / "manifest.json").read_text())
+    assert [one["name"] for one in manifest["checked"]] == ["one", "held_out_white"]
+
+
 def test_plain_pictures_leak_by_their_bytes_alone(tmp_path: Path) -> None:
     grey, other = (jpeg(Image.new("RGB", (120, 120), tone)) for tone in ("grey", "white"))
     write_crawl(tmp_path / "theirs" / "out", {"http://t.example/x": grey})
@@ -217,6 +238,12 @@ def test_a_stop_leaves_the_crawl_as_it_was(tmp_path: Path) -> None:
         ([{"split": "test"}], {"decontaminate": {"from": ["test"]}}, "decontaminate.from: 'test' stands in"),
         ([{"role": "held_out"}], {}, "inputs.held_out: it and `role: held_out`"),
         ([{"role": "held_out", "corpus": "x"}], {}, "leave one of them out"),
+        (
+            [{"role": "held_out_b"}],
+            {"inputs": {"held_out_a": "x"}},
+            "inputs.held_out_a: it and `role: held_out_a`",
+        ),
+        ([{"role": "test"}], {}, "role"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(against: Any, more: dict[str, Any], said: str) -> None:

@@ -84,6 +84,14 @@ def test_another_set_or_another_split_is_no_check(tmp_path: Path, override: str)
     assert "'pretrain'" in problems(tmp_path, override, text=text)
 
 
+def test_of_several_held_out_corpora_each_is_known_by_its_input(tmp_path: Path) -> None:
+    two = RECIPE.replace("held_out: other}", "held_out_a: crawl, held_out_b: other}")
+    against = "[{role: held_out_a, split: test}, {role: held_out_b, split: test}]"
+    assert problems(tmp_path, text=two.replace("[{role: held_out, split: test}]", against)) == ""
+    swapped = two.replace("[{role: held_out, split: test}]", "[{role: held_out_a, split: test}]")
+    assert "'pretrain'" in problems(tmp_path, text=swapped)
+
+
 def test_training_on_the_evaluated_split_is_told_as_such(tmp_path: Path) -> None:
     said = problems(tmp_path, "stages.finetune.data.split=test")
     assert "'finetune' trains on it; evaluate on another split" in said

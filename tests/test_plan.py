@@ -1,16 +1,19 @@
 """Fingerprints and plans: what shapes a result changes the directory, what does not leaves it."""
 
+import io
 import json
 import os
 from pathlib import Path
 
 import pytest
 from pydantic import create_model
+from rich.console import Console
 
 import tests.tiny.train
-from pipeline import plan
+from pipeline import plan, tables
 from pipeline.fingerprint import ABSENT, HashCache, Identity, file_hashes, file_sha256, identities
 from pipeline.recipe import Recipe, load
+from pipeline.results import view
 from pipeline.run_directory import RunDirectory
 from stages.base import Report, StageError
 from tests.pipeline_harness import TINY, write_recipe
@@ -323,3 +326,46 @@ def test_a_glob_is_the_names_and_contents_of_its_files(tmp_path: Path) -> None:
     assert len({first, second, cache.sha256(pattern), ABSENT}) == 4
     (logs / "day-[a].parquet").write_text("a file of that very name")
     assert cache.sha256(logs / "day-[a].parquet") == file_sha256(logs / "day-[a].parquet")
+
+
+def test_what_another_recipe_has_done_is_taken_from_there(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    path = write_recipe(tmp_path)
+    first = load(path)
+    finish(first, root, "numbers", "train")
+    text = "extends: tiny.yaml\nname: second\nreuse: [other, {}]\nstages: {{tune: {{epochs: 5}}}}\n"
+    second = load(write_recipe(tmp_path, text.format(first.name), "second.yaml"))
+    made = plan.make(second, root)
+    assert {stage.name: stage.action for stage in made.stages} == {
+        "numbers": "reuse",
+        "train": "reuse",
+        "tune": "run",
+    }
+    short = made["train"].identity.short
+    assert made["train"].directory.path == root.resolve() / first.name / "train" / short
+    assert made["tune"].directory.path.parents[1] == root.resolve() / "second"
+    shown = Console(width=200, record=True, file=io.StringIO())
+    shown.print(tables.of_plan(made))
+    assert f"{first.name}/train/{short}" in shown.export_text()
+    assert {stage.name: stage.directory for stage in view(second.path, root).stages}["train"] == made[
+        "train"
+    ].directory.path
+
+    alone = load(write_recipe(tmp_path, text.format("third"), "alone.yaml"))
+    assert set(actions(alone, root).values()) == {"run"}
+    finish(second, root, "numbers")  # its own comes first
+    assert plan.make(second, root)["numbers"].directory.path.parents[1] == root.resolve() / "second"
+    changed = load(second.path, ["stages.train.epochs=7"])
+    assert actions(changed, root)["train"] == "run"
+
+
+def test_a_damaged_result_of_another_recipe_is_not_taken(tmp_path: Path) -> None:
+    first = load(write_recipe(tmp_path))
+    finish(first, tmp_path, "numbers")
+    second = load(
+        write_recipe(tmp_path, f"extends: tiny.yaml\nname: second\nreuse: [{first.name}]\n", "second.yaml")
+    )
+    [stage, *_] = plan.make(second, tmp_path).stages
+    (stage.directory.path / "out" / "result.txt").unlink()
+    [stage, *_] = plan.make(second, tmp_path).stages
+    assert (stage.action, stage.directory.path.parents[1].name) == ("run", "second")

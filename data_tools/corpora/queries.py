@@ -1,4 +1,4 @@
-"""Queries and the pictures that answer them: Zero's pre-training set and MUGE's retrieval set."""
+"""Queries and the pictures that answer them: Zero's pre-training set and benchmarks, MUGE's retrieval set."""
 
 import json
 from collections.abc import Iterator
@@ -84,6 +84,38 @@ def _count(value: Any, where: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise DataError(f"{where} is {text[:20]!r}, not a whole number from 0.")
     return int(text)
+
+
+PAIR_SPLITS = ("train", "val", "test")
+
+
+def zero_pairs(source: Source) -> Iterator[Row | Dropped]:
+    """Zero's ICM, IQM, ICR and IQR: {"text", "image_path"} a line, in ICM and IQM "label" too, 1 for a match.
+
+    All pictures lie in one folder, whatever folders `image_path` names. The label goes into the URL, as
+    `?match=1` or `?match=0`, of which a shard stage makes a label (`labels`, `pair_labels`).
+    """
+    for split in PAIR_SPLITS:
+        for path in source.files.get(split, ()):
+            for number, line in sure_lines(path):
+                if line.strip():
+                    yield _labelled_pair(source, path, number, line, split)
+
+
+def _labelled_pair(source: Source, path: Path, number: int, line: str, split: str) -> Row | Dropped:
+    where, place = f"{path}: line {number}", f"{path.name}: line {number}"
+    problem, entry = _json_object(line)
+    if problem:
+        raise DataError(f"{where}: {problem}. Fetch the file again.")
+    text = member(entry, "text", str, where).strip()
+    name = member(entry, "image_path", str, where).strip().rpartition("/")[2]
+    label = str(entry.get("label", ""))
+    if label not in ("", "0", "1"):
+        raise DataError(f"{where}: 'label' is {label[:20]!r}, not 1 (match) or 0.")
+    if not name:
+        return Dropped("no_picture", place, text=text)
+    url = source.url(name) + (f"?match={label}" if label else "")
+    return Row(url, captions=(text,), split=split) if text else Dropped("no_text", place, url=url)
 
 
 def muge(source: Source) -> Iterator[Row | Dropped]:

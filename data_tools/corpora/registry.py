@@ -31,6 +31,7 @@ class Format:
 
 _RESEARCH = "research only"
 _CN_LISTS = {name: f"ids of the {name} split, one a line" for name in captions.SPLIT_LISTS}
+_PAIR_SPLITS = {name: f"Zero's pairs of the {name} split, JSON a line" for name in queries.PAIR_SPLITS}
 _STS_SPLITS = {name: f"the {name} split" for name in texts.SPLITS}
 
 FORMATS: dict[str, Format] = {
@@ -78,6 +79,13 @@ FORMATS: dict[str, Format] = {
         many=frozenset({"pairs"}),
         lang="zh",
         images="in the file",
+    ),
+    "zero_pairs": Format(
+        queries.zero_pairs,
+        f"{_RESEARCH} (Zero's terms)",
+        {},
+        optional=_PAIR_SPLITS,
+        lang="zh",
     ),
     "muge": Format(
         queries.muge,
