@@ -90,7 +90,7 @@ def recipe_of(folder: Path, row: str, seed: int, corpus: Path) -> Path:
     pretrain["deepspeed"] = str(RECIPES / pretrain["deepspeed"])
     pretrain.pop("inputs")
     pretrain["data"]["corpus"] = str(corpus)
-    evaluate["inputs"] = {"weights": "pretrain"}
+    evaluate["inputs"] = {"weights": "pretrain"}  # no fine-tuning: equal steps
     evaluate["data"] = {"corpus": str(corpus)}
     evaluate["unchecked"] = "the demo's own splits, checked where they were made"
     evaluate["galleries"] = [each for each in evaluate["galleries"] if each["name"] == "unseen_vendor"]
