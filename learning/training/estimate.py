@@ -12,9 +12,9 @@ from learning.training.deepspeed_setup import quiet_deepspeed
 
 BERT_VOCABULARY = 30_522
 LEFT_OUT = (
-    "weights, gradients and AdamW's state in 16-bit training with fp32 master weights; left out: a teacher and its "
-    "queues, activations (they grow with batch_per_gpu), buffers of the collectives, the gathered batch, what CUDA "
-    "and NCCL take"
+    "weights, gradients and AdamW's state in 16-bit training with fp32 master weights; left out: a teacher "
+    "and its queues, activations (they grow with batch_per_gpu), buffers of the collectives, the gathered "
+    "batch, what CUDA and NCCL take"
 )
 
 
