@@ -46,7 +46,8 @@ class Known(Method):
     def __init__(self, given: torch.Tensor):
         super().__init__(())
         self.weight = torch.nn.Parameter(torch.ones(1))
-        self.given, self.seen = given, []  # type: ignore[var-annotated]
+        self.given = given
+        self.seen: list[tuple[torch.Tensor, bool]] = []  # ids of the texts, and the mode
 
     def views(self) -> Views:
         return Views({}, {})
@@ -121,7 +122,7 @@ def test_the_map_is_the_mean_of_the_third_layers_weights() -> None:
     found = asked(method)
     assert all(module.training for module in method.modules())
     seen: list[torch.Tensor] = []
-    layer = method.ranking.text_image.layers[2].cross_attention
+    layer: Any = method.ranking.text_image.layers[2].cross_attention
     layer.key.register_forward_hook(lambda _, inputs, out: seen.append(out))
     layer.query.register_forward_hook(lambda _, inputs, out: seen.append(out))
     again = asked(method)
