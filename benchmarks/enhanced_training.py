@@ -53,7 +53,6 @@ DEMO: dict[str, Any] = {
     "image_cls": "mean",
     "image_mask": {"at": "tokens"},
     "cross_layers": 1,
-    "cross_width": 256,
     "cross_heads": 4,
     "cross_intermediate": 1024,
     "dropout": 0.0,

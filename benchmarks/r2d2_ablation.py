@@ -78,7 +78,7 @@ def shuffled(corpus: Path, target: Path, share: float) -> Path:
     return target
 
 
-def recipe_of(folder: Path, row: str, seed: int, corpus: Path) -> Path:
+def recipe_of(folder: Path, row: str, seed: int, corpus: Path, epochs: int | None) -> Path:
     """r2d2_demo's pre-training and evaluation of one row, on a corpus that is there."""
     change = ROWS[row]
     base = yaml.safe_load((RECIPES / "r2d2_demo.yaml").read_text(encoding="utf-8"))
@@ -86,6 +86,7 @@ def recipe_of(folder: Path, row: str, seed: int, corpus: Path) -> Path:
     model["vision"]["weights"] = str(HERE / "pretrained" / Path(model["vision"]["weights"]).name)
     stages = {name: base["stages"][name] for name in ("pretrain", "evaluate")}
     pretrain, evaluate = stages["pretrain"], stages["evaluate"]
+    pretrain["epochs"] = epochs or pretrain["epochs"]
     pretrain["losses"] = pretrain["losses"] | change.get("losses", {})
     pretrain["deepspeed"] = str(RECIPES / pretrain["deepspeed"])
     pretrain.pop("inputs")
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rows", nargs="+", choices=list(ROWS))
+    parser.add_argument("--epochs", type=int, help="of pre-training; the recipe's if not given")
     parser.add_argument("--shuffled", type=float, default=0.0, help="share (0-1) of the training texts")
     options = parser.parse_args()
     rows = options.rows or (["r2d2", "wo_tgd"] if options.shuffled else TABLE)
@@ -140,12 +142,16 @@ def main() -> None:
     if options.shuffled:
         folder = folder / f"shuffled_{options.shuffled}"
         corpus = shuffled(corpus, folder / "corpus", options.shuffled)
-    recipes = {(row, seed): recipe_of(folder, row, seed, corpus) for seed in options.seeds for row in rows}
+    recipes = {
+        (row, seed): recipe_of(folder, row, seed, corpus, options.epochs)
+        for seed in options.seeds
+        for row in rows
+    }
     first = folder / "tokens"
     if not first.exists():  # the tower runs once, on two processes, for a run that is not looked at
-        fill = recipe_of(folder, "r2d2_clip", 0, corpus)
+        fill = recipe_of(folder, "r2d2_clip", 0, corpus, 1)
         values = yaml.safe_load(fill.read_text())
-        values["stages"] = {"pretrain": values["stages"]["pretrain"] | {"epochs": 1}}
+        values["stages"] = {"pretrain": values["stages"]["pretrain"]}
         values["launch"]["processes"] = 2
         fill.write_text(yaml.safe_dump(values, sort_keys=False))
         tandem(folder, fill)

@@ -30,9 +30,8 @@ MODEL: dict[str, Any] = {
         "max_length": 9,
         "dropout": 0.0,
     },
-    "dimension": 6,
+    "dimension": 8,
     "cross_layers": CROSS_LAYERS,
-    "cross_width": 8,
     "cross_heads": HEADS,
     "cross_intermediate": 12,
     "dropout": 0.0,
@@ -283,8 +282,8 @@ class Plain:
     def judged(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both encoders' logits of a pair, and the text's tokens after the text-image encoder."""
         state = self.state
-        x = torch.stack([linear(row, state, "ranking.image_fusion") for row in self.with_cls(image)])
-        y = torch.stack([linear(row, state, "ranking.text_fusion") for row in text])
+        x = torch.stack([linear(row, state, "image_projection") for row in self.with_cls(image)])
+        y = torch.stack([linear(row, state, "text_projection") for row in text])
         by_image, by_text = self._crossed("image_text", x, y), self._crossed("text_image", y, x)
         logits = [linear(tokens[0], state, "ranking.match_head") for tokens in (by_image, by_text)]
         return logits[0], logits[1], by_text

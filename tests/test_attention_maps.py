@@ -31,9 +31,8 @@ MODEL: dict[str, Any] = {
     "method": "r2d2",
     "vision": {"name": "test_vit", "image_px": PX, "mean": [0.5] * 3, "std": [0.5] * 3},
     "text": {"layers": 1, "width": 32, "heads": 2, "intermediate": 64, "max_length": 12},
-    "dimension": 16,
+    "dimension": 32,
     "cross_layers": 3,
-    "cross_width": 32,
     "cross_heads": 2,
     "cross_intermediate": 64,
 }

@@ -237,7 +237,6 @@ LOSSES = {"clip": ("ccl",), "cookie": ("ccl", "vcl", "tcl"), "r2d2": ("gcpr_tgd"
 OF_R2D2 = {
     "dimension": 8,
     "cross_layers": 1,
-    "cross_width": 8,
     "cross_heads": 2,
     "cross_intermediate": 12,
     "dropout": 0.0,

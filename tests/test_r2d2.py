@@ -275,10 +275,8 @@ def test_pairs_are_scored_and_attended_to_as_the_reference_does(changed: dict[st
         logits = plain.judged(image, words)[:2]
         probabilities = [r2d2_reference.soft_max(list(each))[1] for each in logits]
         torch.testing.assert_close(scores[i], (probabilities[0] + probabilities[1]) / 2)
-        x = torch.stack(
-            [reference.linear(row, state, "ranking.image_fusion") for row in plain.with_cls(image)]
-        )
-        y = torch.stack([reference.linear(row, state, "ranking.text_fusion") for row in words])
+        x = torch.stack([reference.linear(row, state, "image_projection") for row in plain.with_cls(image)])
+        y = torch.stack([reference.linear(row, state, "text_projection") for row in words])
         told = r2d2_reference.cross_encoder(y, x, state, "ranking.text_image", 2, HEADS)[1]
         for layer, expected in enumerate(told, start=1):
             found = model.attention(image_tokens, text_tokens, text.mask, layer)[i, :, : len(words)]

@@ -78,7 +78,7 @@ def test_dropout_acts_in_training_alone() -> None:
 
 
 def test_wrong_sizes_and_layers_are_named() -> None:
-    with pytest.raises(ValueError, match=r"cross_heads: 3 does not divide model\.cross_width, 8"):
+    with pytest.raises(ValueError, match=r"cross_heads: 3 does not divide model\.dimension, 8"):
         CrossEncoder(1, 8, 3, 8, 0.0)
     x, x_mask, other, other_mask = pairs()
     with pytest.raises(ValueError, match="layer: 3"):

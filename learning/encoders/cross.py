@@ -105,7 +105,7 @@ class CrossEncoder(Layered):
         """Raises ValueError when `heads` does not divide `width`."""
         super().__init__()
         if width % heads:
-            raise ValueError(f"model.cross_heads: {heads} does not divide model.cross_width, {width}")
+            raise ValueError(f"model.cross_heads: {heads} does not divide model.dimension, {width}")
         self.layers = nn.ModuleList(CrossLayer(width, heads, intermediate, dropout) for _ in range(layers))
 
     def forward(

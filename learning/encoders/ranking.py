@@ -39,38 +39,17 @@ class Judged(NamedTuple):
 
 
 class Ranking(nn.Module):
-    """Fine-grained ranking: the towers' tokens, projected to one width, through both cross encoders.
+    """Fine-grained ranking: both sides' tokens, projected to one width, through both cross encoders.
 
     `image_text` has the image's tokens as its queries and the text's as its keys, `text_image` the other way
     round: Fig. 1 feeds text features into the image-text encoder and image features into the text-image one.
     """
 
-    def __init__(
-        self,
-        vision_width: int,
-        text_width: int,
-        *,
-        layers: int,
-        width: int,
-        heads: int,
-        intermediate: int,
-        dropout: float,
-        image_cls: ImageCls,
-    ):
+    def __init__(self, layers: int, width: int, heads: int, intermediate: int, dropout: float):
         super().__init__()
-        self.image_cls = image_cls
-        self.image_fusion = nn.Linear(vision_width, width)
-        self.text_fusion = nn.Linear(text_width, width)
         self.image_text = CrossEncoder(layers, width, heads, intermediate, dropout)
         self.text_image = CrossEncoder(layers, width, heads, intermediate, dropout)
         self.match_head = nn.Linear(width, 2)  # g of Eq. 3: one for both
-
-    def images(self, tokens: Float[Tensor, "p n v"]) -> Fused:
-        tokens = with_cls(tokens.to(self.image_fusion.weight.dtype), self.image_cls)
-        return Fused(self.image_fusion(tokens), None)
-
-    def texts(self, tokens: Float[Tensor, "p m t"], mask: Int64[Tensor, "p m"]) -> Fused:
-        return Fused(self.text_fusion(tokens), mask)
 
     def forward(self, images: Fused, texts: Fused) -> Judged:
         """Row i of both is a pair. Every pair is judged alone."""
@@ -87,5 +66,4 @@ class Ranking(nn.Module):
         judges = "fgr" in losses or "match" in losses
         for part in (self.image_text, self.match_head):
             part.requires_grad_(judges)
-        for part in (self.image_fusion, self.text_fusion, self.text_image):
-            part.requires_grad_(judges or "mlm" in losses)
+        self.text_image.requires_grad_(judges or "mlm" in losses)

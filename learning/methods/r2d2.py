@@ -75,13 +75,14 @@ class Config(MethodConfig):
     method: Literal["r2d2"] = "r2d2"
     vision: VisionTower
     text: TextConfig
-    dimension: int = Field(default=768, ge=1, description="of the features of pre-ranking")
+    dimension: int = Field(
+        default=768, ge=1, description="of the features of pre-ranking, and width of the cross encoders"
+    )
     image_cls: ImageCls = Field(
         default="first",
         description="an image's [CLS]: the tower's first token, or the mean of its tokens, put before them",
     )
     cross_layers: int = Field(default=6, ge=0, description="of each cross encoder; 0: none (R2D2-CLIP)")
-    cross_width: int = Field(default=768, ge=1)
     cross_heads: int = Field(default=12, ge=1)
     cross_intermediate: int = Field(default=3072, ge=1, description="width of the cross encoders' FFN")
     dropout: float = Field(default=0.1, ge=0, lt=1, description="in the cross encoders")
@@ -126,22 +127,15 @@ class R2D2(Method):
         self._check_losses()
         self.vision = make_vision(config.vision)
         self.text = TextEncoder(config.text, vocabulary_size)
-        # The paper does not say which layer is projected: the towers' last one, [CLS] of it
+        # The paper does not say which layer is projected, nor how often: the towers' last one, once a side,
+        # for pre-ranking and cross encoders alike ("the linear projection layer", Sec. 3.1)
         self.image_projection = nn.Linear(self.vision.width, config.dimension)
         self.text_projection = nn.Linear(self.text.width, config.dimension)
         self.ranking: Ranking | None = None
         if config.cross_layers:
-            self.ranking = Ranking(
-                self.vision.width,
-                self.text.width,
-                layers=config.cross_layers,
-                width=config.cross_width,
-                heads=config.cross_heads,
-                intermediate=config.cross_intermediate,
-                dropout=config.dropout,
-                image_cls=config.image_cls,
-            )
-            self.mlm_head = MaskedLanguageHead(config.cross_width, vocabulary_size)
+            sizes = (config.dimension, config.cross_heads, config.cross_intermediate)
+            self.ranking = Ranking(config.cross_layers, *sizes, config.dropout)
+            self.mlm_head = MaskedLanguageHead(config.dimension, vocabulary_size)
         self.temperature = Temperature(config.temperature)
         self._freeze_unused()
         self._taught: _Taught | None = None  # by this step's forward; it counts once the step is applied
@@ -212,6 +206,15 @@ class R2D2(Method):
     def image_cls(self, tokens: Float[Tensor, "b n v"]) -> Float[Tensor, "b v"]:
         return with_cls(tokens.to(self.image_projection.weight.dtype), self.config.image_cls)[:, 0]
 
+    def fused_images(self, tokens: Float[Tensor, "p n v"]) -> Fused:
+        """What the cross encoders read of a tower's tokens."""
+        tokens = with_cls(tokens.to(self.image_projection.weight.dtype), self.config.image_cls)
+        return Fused(self.image_projection(tokens), None)
+
+    def fused_texts(self, tokens: Float[Tensor, "p m t"], mask: Int64[Tensor, "p m"]) -> Fused:
+        """The same of a text tower's."""
+        return Fused(self.text_projection(tokens), mask)
+
     def text_feature(self, tokens: Float[Tensor, "b m t"]) -> Float[Tensor, "b d"]:
         """The projected [CLS] of a text tower's tokens, not normalised."""
         return self.text_projection(self._dropped(tokens[:, 0]))
@@ -230,7 +233,9 @@ class R2D2(Method):
     ) -> Float[Tensor, " p"]:
         """As `RanksPairs` says. Raises ValueError where there are no cross encoders."""
         ranking = self._need_ranking()
-        return ranking(ranking.images(image_tokens), ranking.texts(text_tokens, text_mask)).probability()
+        return ranking(
+            self.fused_images(image_tokens), self.fused_texts(text_tokens, text_mask)
+        ).probability()
 
     def attention(
         self,
@@ -241,7 +246,9 @@ class R2D2(Method):
     ) -> Float[Tensor, "p heads m n"]:
         """As `RanksPairs` says; the image's [CLS] is left out, so that a row may sum to less than 1."""
         ranking = self._need_ranking()
-        return ranking.attention(ranking.images(image_tokens), ranking.texts(text_tokens, text_mask), layer)
+        return ranking.attention(
+            self.fused_images(image_tokens), self.fused_texts(text_tokens, text_mask), layer
+        )
 
     def _pre_ranking(self, step: "_Step", terms: Terms) -> None:
         """GCPR (Eq. 1, 2), or with target-guided distillation (Eq. 4, 5)."""
@@ -274,12 +281,10 @@ class R2D2(Method):
         terms.losses["gcpr_tgd"] = sum_over_ranks(total) / (2 * step.rows)
 
     def _fine_ranking(self, step: "_Step", terms: Terms) -> None:
-        """FGR (Eq. 3) on the positive pairs and two hard negatives of each; with ET, MLM on the positives.
-
-        With ET all texts are the masked ones: were the positives' alone, [MASK] would tell the answer.
-        """
-        ranking, count = self._need_ranking(), len(step.ids)
-        enhanced = "mlm" in self.losses and self.config.enhanced_training
+        """FGR (Eq. 3) on the positive pairs and two hard negatives of each; with ET, MLM on the positives."""
+        # Differs from the paper: it speaks of masked positive pairs. Here all texts are masked under ET: were
+        # the positives' alone, [MASK] would tell the answer.
+        count = len(step.ids)
         wanted_texts, wanted_images = self._negatives(step)
         there = torch.cat([torch.ones_like(wanted_texts), wanted_texts, wanted_images]) != NONE
         labels = torch.zeros_like(there, dtype=torch.int64)
@@ -287,18 +292,18 @@ class R2D2(Method):
 
         rows_by_rank = step.contrast.each
         other_images = Exchange(step.or_own(wanted_images), rows_by_rank).fetch(step.image_tokens)
-        image = ranking.images(torch.cat([step.image_tokens, other_images])).tokens
+        image = self.fused_images(torch.cat([step.image_tokens, other_images])).tokens
         length = all_reduce_max(step.text.ids.shape[1])  # all ranks' rows travel in one shape
-        own = _padded(step.masked_tokens if enhanced else step.text_tokens, length)
+        own = _padded(step.masked_tokens if self.enhanced else step.text_tokens, length)
         mask = _padded(step.text.mask, length)
         other_texts = Exchange(step.or_own(wanted_texts), rows_by_rank)
-        text = ranking.texts(
+        text = self.fused_texts(
             torch.cat([own, other_texts.fetch(own), own]),
             torch.cat([mask, other_texts.fetch(mask), mask]),
         )
         pairs = Fused(torch.cat([image[:count], image]), None)
         hidden = self._judge(step, terms, "fgr", (pairs, text), labels, there)
-        if enhanced:
+        if self.enhanced:
             self._masked_language(step, terms, hidden[:count])
 
     def _negatives(self, step: "_Step") -> tuple[Int64[Tensor, " b"], Int64[Tensor, " b"]]:
@@ -314,9 +319,8 @@ class R2D2(Method):
 
     def _matching(self, step: "_Step", terms: Terms) -> None:
         """Eq. 3 on the corpus's own pairs and labels."""
-        ranking = self._need_ranking()
         labels = step.batch.labels[self.config.match_label]
-        pairs = (ranking.images(step.image_tokens), ranking.texts(step.text_tokens, step.text.mask))
+        pairs = (self.fused_images(step.image_tokens), self.fused_texts(step.text_tokens, step.text.mask))
         self._judge(step, terms, "match", pairs, labels, torch.ones_like(labels, dtype=torch.bool))
 
     def _judge(
@@ -344,8 +348,8 @@ class R2D2(Method):
     def _masked_language_alone(self, step: "_Step", terms: Terms) -> None:
         """MLM without ET: the whole forward of the masked text is its own, as in most models (Sec. 3.2)."""
         ranking = self._need_ranking()
-        text = ranking.texts(self.text(step.masked_text), step.masked_text.mask)
-        image = ranking.images(step.image_tokens)
+        text = self.fused_texts(self.text(step.masked_text), step.masked_text.mask)
+        image = self.fused_images(step.image_tokens)
         self._masked_language(step, terms, ranking.text_image(*text, *image))
 
     def _masked_language(self, step: "_Step", terms: Terms, hidden: Float[Tensor, "b m w"]) -> None:
@@ -366,7 +370,7 @@ class R2D2(Method):
         """FgD (Eq. 6, 7): the teacher has the whole inputs, the student masked ones."""
         config, taught = self.config.teacher, step.need_teacher()
         # The paper does not say whether f is normalised: features have unit length, as in Eq. 1. DINO's
-        # outputs are bounded too; were f not, its norm would grow.
+        # outputs are bounded too; were f not, its norm would grow. At d = 768 the soft-maxes are nearly even.
         students = (_unit(step.masked_image_feature()), _unit(self.text_feature(step.masked_tokens)))
         total = students[0].new_zeros(())
         for side, student, teacher in zip(("image", "text"), students, taught.own, strict=True):
@@ -379,6 +383,11 @@ class R2D2(Method):
         """The modules that have a teacher: a frozen tower is its own."""
         modules = {name: getattr(self, name) for name in ("text", "image_projection", "text_projection")}
         return modules | ({"vision": self.vision} if self.config.vision.trainable else {})
+
+    @property
+    def enhanced(self) -> bool:
+        """ET: whether FGR's forward is MLM's too."""
+        return self.config.enhanced_training and {"fgr", "mlm"} <= set(self.losses)
 
     @property
     def _masks_texts(self) -> bool:
@@ -402,9 +411,6 @@ class R2D2(Method):
     def _freeze_unused(self) -> None:
         """What no loss reaches keeps its weights: no optimizer state, and the model written out has it."""
         losses = set(self.losses)
-        if not losses & {"gcpr", *DISTILLING}:
-            self.image_projection.requires_grad_(False)
-            self.text_projection.requires_grad_(False)
         if not losses & {"gcpr", "gcpr_tgd"}:
             self.temperature.requires_grad_(False)
         if self.ranking is not None:
@@ -429,7 +435,7 @@ class _Step:
         tokens = batch.tokens.get("image")
         self.image_tokens = method.vision(batch.images["image"]) if tokens is None else tokens
         self.taught: _Taught | None = None
-        wants_masked = "fgd" in method.losses or ("mlm" in method.losses and method.config.enhanced_training)
+        wants_masked = "fgd" in method.losses or method.enhanced
         self.text_tokens, self._masked_tokens = self._texts(wants_masked)
         ids = batch.ids
         if ids is None:
