@@ -90,12 +90,14 @@ def recipe_of(folder: Path, row: str, seed: int, corpus: Path, epochs: int | Non
     pretrain["losses"] = pretrain["losses"] | change.get("losses", {})
     pretrain["deepspeed"] = str(RECIPES / pretrain["deepspeed"])
     pretrain.pop("inputs")
+    pretrain.pop("validate")  # the last weights count, so that no row is picked by its luck
     pretrain["data"]["corpus"] = str(corpus)
     evaluate["inputs"] = {"weights": "pretrain"}  # no fine-tuning: equal steps
     evaluate["data"] = {"corpus": str(corpus)}
     evaluate["unchecked"] = "the demo's own splits, checked where they were made"
     evaluate["galleries"] = [each for each in evaluate["galleries"] if each["name"] == "unseen_vendor"]
     evaluate.pop("attention_maps", None)
+    evaluate["examples"] = 0
     if row == "r2d2_clip":
         evaluate["galleries"][0].pop("rerank")
     name = f"{row}_{seed}"
