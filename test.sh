@@ -10,4 +10,4 @@ arguments=()
 for argument in "$@"; do
     if [ "$argument" = "--fast" ]; then arguments+=(-m "not slow"); else arguments+=("$argument"); fi
 done
-exec .venv/bin/python -m pytest -n "${TANDEM_TEST_PROCESSES:-2}" --dist loadfile ${arguments[@]+"${arguments[@]}"}
+exec .venv/bin/python -m pytest -n "${TANDEM_TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder ${arguments[@]+"${arguments[@]}"}

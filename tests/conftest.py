@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 
@@ -12,6 +13,12 @@ from tests import slurm_cluster
 from tests.slurm_cluster import SlurmCluster
 
 REQUIRED = re.findall(r"\w+", os.environ.get("TANDEM_REQUIRE", ""))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first: one that comes last leaves the other test processes idle."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])  # stable: within a file the order stays
 
 
 @pytest.hookimpl(wrapper=True)

@@ -27,7 +27,7 @@ from tests.training_case import CONFIGS, config_values, make_job, write_corpus
 
 COUNT, BEFORE, AFTER = 8, 3, 3
 FP32 = [f"zero{stage}_fp32" for stage in range(4)]
-BF16 = ["zero0_bf16", "zero2_bf16", "zero3_bf16"]
+BF16 = ["zero3_bf16"]
 # As in tests/test_training.py: sums in another order, and AdamW's first steps make that grow with the rate
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4, weight_decay=0.1)
 
