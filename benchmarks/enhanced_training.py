@@ -19,12 +19,15 @@ import time
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from demo.corpus import HERE
 from learning import methods
 from learning.methods.base import Batch, Method, Texts
+from learning.model_files import without_weights
 
 EQ_8 = ("gcpr_tgd", "fgr", "mlm", "fgd")
 BATCH, VOCABULARY = 64 * 32, 21_128
@@ -43,22 +46,10 @@ PARTS = {
     "ranking.text_image": "text-image cross encoder",
     "mlm_head": "MLM head",
 }
-DEMO: dict[str, Any] = {
-    "method": "r2d2",
-    "vision": {"name": "tf_efficientnet_lite0", "image_px": 192, "trainable": False}
-    | {"levels": [3, 4], "grid": 4},
-    "text": {"layers": 2, "width": 256, "heads": 4, "intermediate": 1024, "max_length": 20}
-    | {"dropout": 0.0},
-    "dimension": 256,
-    "image_cls": "mean",
-    "image_mask": {"at": "tokens"},
-    "cross_layers": 1,
-    "cross_heads": 4,
-    "cross_intermediate": 1024,
-    "dropout": 0.0,
-    "teacher": {"queue": 1024},
-}
-DEMO_BATCH, DEMO_VOCABULARY, DEMO_LENGTHS = 64, 3000, (8, 20)
+RECIPE = yaml.safe_load((HERE.parent / "recipes/r2d2_demo.yaml").read_text(encoding="utf-8"))
+DEMO: dict[str, Any] = without_weights(RECIPE["model"])
+DEMO_BATCH = int(RECIPE["stages"]["pretrain"]["contrastive_batch"])
+DEMO_VOCABULARY, DEMO_LENGTHS = 3000, (8, 20)
 WARM_UP = 2
 PAPER_STEPS_PER_S = {True: 1.4, False: 1.1}
 
