@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from learning.training.distributed import sum_over_ranks
-from learning.training.exchange import Exchange, fetch_rows
+from learning.training.exchange import Exchange, _route, fetch_rows
 from tests.distributed_harness import run_distributed
 
 DOUBLE = torch.float64
@@ -169,8 +169,10 @@ def test_ranks_fetch_what_one_process_indexes(world_size: int) -> None:
 
 def test_a_place_outside_of_the_batch_is_refused() -> None:
     for place in (4, -1):
+        with pytest.raises(IndexError):
+            fetch_rows(torch.randn(4, 2), torch.tensor([0, place]))
         with pytest.raises(ValueError, match=str(place)):
-            Exchange(torch.tensor([0, place]), (4,))
+            _route(torch.tensor([0, place]), (2, 2))
 
 
 def late_rows(rank: int, world_size: int) -> list[bool]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from learning import methods
 from learning.methods.base import Batch, RanksPairs, Texts
+from learning.training.footprint import footprint
 from tests import r2d2_case, r2d2_reference, reference
 from tests.r2d2_case import CNN, EQ_8, HEADS, MASK, MODEL, Plain, build, momentum, wear
 
@@ -347,3 +348,10 @@ def test_the_defaults_are_the_papers() -> None:
     assert (teacher.momentum, teacher.queue, teacher.queue_decay, teacher.alpha) == (0.995, 65_536, 0.99, 0.4)
     assert (teacher.student_temperature, teacher.teacher_temperature) == (0.1, 0.04)
     assert config.enhanced_training
+
+
+def test_its_footprint_is_counted_without_computing() -> None:
+    """No step of the method waits for a number: a plan counts it on tensors without content."""
+    made = footprint(MODEL | FROZEN, EQ_8, 4, torch.bfloat16, r2d2_case.VOCABULARY)
+    assert made.forward_flops > 0
+    assert made.activation_bytes > 0

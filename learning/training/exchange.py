@@ -26,12 +26,9 @@ class Exchange:
     def __init__(self, wanted: Int64[Tensor, " k"], rows_by_rank: Sequence[int]):
         """`wanted`: places in the global batch, rank 0's rows first; each rank may want other ones, and none.
 
-        `rows_by_rank`: rows of every rank. Raises ValueError for a place that is not in the batch.
+        `rows_by_rank`: rows of every rank. Raises ValueError for a place that is not in the batch; one rank
+        alone raises IndexError in `fetch`: looking first would wait for the device.
         """
-        batch = sum(rows_by_rank)
-        outside = wanted[(wanted < 0) | (wanted >= batch)].tolist()
-        if outside:
-            raise ValueError(f"wanted: {outside} are no rows of a batch of {batch}; rows are 0 … {batch - 1}")
         self.wanted, self.rows = wanted, int(rows_by_rank[rank()])
         self._route = _route(wanted, rows_by_rank) if world_size() > 1 else None
 
@@ -42,7 +39,7 @@ class Exchange:
         learning/training/distributed.py.
         """
         if self._route is None:
-            return x[self.wanted]
+            return x.index_select(0, self.wanted)  # refuses a negative place too
         return _Fetch.apply(x, self._route)
 
 
@@ -75,6 +72,10 @@ class _Fetch(torch.autograd.Function):
 
 
 def _route(wanted: Int64[Tensor, " k"], rows_by_rank: Sequence[int]) -> _Route:
+    batch = sum(rows_by_rank)
+    outside = wanted[(wanted < 0) | (wanted >= batch)].tolist()
+    if outside:
+        raise ValueError(f"wanted: {outside} are no rows of a batch of {batch}; rows are 0 … {batch - 1}")
     ends = torch.tensor(rows_by_rank, device=wanted.device).cumsum(0)
     owners = torch.searchsorted(ends, wanted, right=True)
     order = owners.argsort(stable=True)
