@@ -279,6 +279,25 @@ def test_a_step_that_is_not_applied_moves_no_momentum() -> None:
     assert told["ids"] == taken + [0] * (MODEL["teacher"]["queue"] - len(taken))
 
 
+def sized(rank: int, world_size: int) -> list[int]:
+    """Bytes of a checkpoint, and of the buffers in it."""
+    made = engine("zero1_fp32", world_size)
+    buffers = {name: value.nbytes for name, value in made.method.named_buffers()}
+    assert any(name.startswith("queues.") for name in buffers)
+    kept = [made.state_bytes(), sum(buffers.values())]
+    made.close()
+    return kept
+
+
+@pytest.mark.slow
+def test_the_room_that_a_checkpoint_needs_counts_teacher_and_queues() -> None:
+    needed, buffers = alone(sized)
+    weights_and_moments = needed - buffers
+    trained = sum(p.numel() for p in build().parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in build().parameters() if not p.requires_grad)
+    assert weights_and_moments == trained * (4 + 4 + 8) + frozen * 4
+
+
 def written(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     """A trained model, written out as a stage does."""
     tokenizer = tiny_model.tokenizer()

@@ -276,7 +276,7 @@ class Engine:
             self._load_averages(directory / AVERAGES)
 
     def state_bytes(self) -> int:
-        """About how many bytes a checkpoint of all ranks has: weights, masters and AdamW's two moments."""
+        """About how many bytes a checkpoint of all ranks has: weights, masters, AdamW's moments, buffers."""
         trainable = frozen = 0
         for p in self.method.parameters():
             count = getattr(p, "ds_numel", p.numel())
@@ -286,7 +286,10 @@ class Engine:
         weight = 4 if self.dtype == torch.float32 else 2
         master = 4 if self.dtype != torch.float32 or self.stage > 0 else 0
         average = 4 if self._ema is not None else 0
-        return trainable * (weight + master + average + 8) + frozen * weight
+        # a teacher and its queues are buffers; under ZeRO-3 every rank's file has them
+        copies = self.layout.ranks if self.stage == 3 else 1
+        buffers = copies * sum(buffer.nbytes for buffer in self.method.buffers())
+        return trainable * (weight + master + average + 8) + frozen * weight + buffers
 
     def close(self) -> None:
         """Let DeepSpeed's hooks and buffers go."""
