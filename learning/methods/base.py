@@ -29,6 +29,17 @@ class MaskedPatches:
     patch_px: int  # side of a patch; divides image_px
 
 
+@dataclass(frozen=True)
+class LabelSet:
+    """Labels of which a sample may have several: the `names` that are counted, in the order of the columns.
+
+    `fields` of a record are read together: `classes`, a list, or the name of one of its labels.
+    """
+
+    fields: tuple[str, ...]
+    names: tuple[str, ...]
+
+
 ImageView = Literal["plain", "augmented", "randaugment"] | MaskedPatches
 TextView = Literal["plain", "augmented"] | MaskedTokens
 
@@ -57,6 +68,28 @@ class Texts:
         return Texts(self.ids[part], self.mask[part])
 
 
+NO_CLASS = -1
+
+
+@dataclass
+class Regions:
+    """The segments of pictures: what a detector, or a tower's grid, gave of each of r regions.
+
+    `positions` are (a1/W, b1/H, a2/W, b2/H, area/(W·H)) of a box from (a1, b1), its top left, to (a2, b2), in
+    a picture of W × H (Semantic Sharing, Sec. 3.2). `classes` number object classes; NO_CLASS: unknown.
+    """
+
+    features: Float[Tensor, "b r v"]
+    positions: Float[Tensor, "b r 5"]
+    classes: Int64[Tensor, "b r"]
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Regions":
+        return Regions(change(self.features), change(self.positions), change(self.classes))
+
+
 @dataclass
 class Batch:
     """One rank's part of a global batch. `images` and `texts` hold the views that the method asked for."""
@@ -70,6 +103,9 @@ class Batch:
     # Samples of one id show the same: they are each other's positives. None: every row is its own.
     ids: Int64[Tensor, " b"] | None = None
     labels: dict[str, Int64[Tensor, " b"]] = field(default_factory=dict)  # those of `Views.labels`
+    # 1 where a sample has a label, by the names of `Views.label_sets`
+    label_sets: dict[str, Float[Tensor, "b c"]] = field(default_factory=dict)
+    regions: Regions | None = None  # where `Views.regions` asks for them
     draw: int = 0  # seed of what a method draws over the rows of all ranks: the same on all of them
 
     def __len__(self) -> int:
@@ -96,6 +132,8 @@ class Batch:
             tokens={name: change(tokens) for name, tokens in self.tokens.items()},
             ids=None if self.ids is None else change(self.ids),
             labels={name: change(values) for name, values in self.labels.items()},
+            label_sets={name: change(values) for name, values in self.label_sets.items()},
+            regions=None if self.regions is None else self.regions.each(change),
         )
 
 
@@ -114,6 +152,8 @@ class Views:
     images: Mapping[str, ImageView]
     texts: Mapping[str, TextView]
     labels: tuple[str, ...] = ()  # of the samples, whole numbers: they come as Batch.labels
+    label_sets: Mapping[str, LabelSet] = field(default_factory=dict)  # they come as Batch.label_sets
+    regions: bool = False  # the regions of each picture: they come as Batch.regions
 
 
 class Method(nn.Module, ABC):
@@ -225,4 +265,13 @@ class RanksPairs(Protocol):
         layer: int,
     ) -> Float[Tensor, "p heads m n"]:
         """How text tokens attend to image tokens in a layer (from 1) of the text-image encoder."""
+        ...
+
+
+@runtime_checkable
+class EmbedsRegions(Protocol):
+    """A method that may read the regions of pictures in place of their pixels."""
+
+    def embed_regions(self, regions: Regions) -> Float[Tensor, "b d"]:
+        """Unit-length image embeddings."""
         ...
