@@ -222,7 +222,9 @@ class Plain:
         return torch.stack([self.text(i)[0], *self.text(i, "text_masked")[1:]])
 
     def _head(self, name: str, tokens: Tensor, other: Tensor) -> Tensor:
-        return cross_encoder(tokens, other, self._layers(), f"heads.{name}.encoder", self.config.head_layers, HEADS)[0]
+        return cross_encoder(
+            tokens, other, self._layers(), f"heads.{name}.encoder", self.config.head_layers, HEADS
+        )[0]
 
     def _layers(self) -> State:
         """The weights; those of shared layers under every layer's number."""

@@ -1,7 +1,7 @@
 """ConLIP's losses and momentum in plain float64 torch, sample by sample: for tests alone.
 
-Written from "Conditioned Masked Language and Image Modeling for Image-Text Dense Retrieval" (Luo et al.), Sec. 3,
-equation by equation, with loops in place of matrices.
+Written from "Conditioned Masked Language and Image Modeling for Image-Text Dense Retrieval" (Luo et al.),
+Sec. 3, equation by equation, with loops in place of matrices.
 """
 
 from collections.abc import Sequence
