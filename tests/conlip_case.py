@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.func import functional_call
 
 from learning import methods
-from learning.encoders.vision import VisionEncoder
 from learning.methods.base import Batch, Texts
 from learning.training.randomness import stable_hash
 from tests import conlip_reference as reference
@@ -93,10 +92,13 @@ class Told:
 
 
 class Plain:
-    """ConLIP's losses of one batch in one process. `model` gives towers and weights, nothing more."""
+    """ConLIP's losses of one batch in one process. `model` gives towers and weights, nothing more.
 
-    def __init__(self, model: Any, batch: Batch, kept: Momentum):
-        self.model, self.batch, self.kept = model, batch, kept
+    `quick`: and its cross encoders, a pair at a time, where another test has held them to the reference.
+    """
+
+    def __init__(self, model: Any, batch: Batch, kept: Momentum, quick: bool = False):
+        self.model, self.batch, self.kept, self.quick = model, batch, kept, quick
         self.config = model.config
         self.state: State = dict(model.named_parameters())
         assert batch.ids is not None
@@ -222,9 +224,11 @@ class Plain:
         return torch.stack([self.text(i)[0], *self.text(i, "text_masked")[1:]])
 
     def _head(self, name: str, tokens: Tensor, other: Tensor) -> Tensor:
-        return cross_encoder(
-            tokens, other, self._layers(), f"heads.{name}.encoder", self.config.head_layers, HEADS
-        )[0]
+        if self.quick:
+            told: Tensor = self.model.heads[name].encoder(tokens[None], None, other[None], None)
+            return told[0]
+        layers = self.config.head_layers
+        return cross_encoder(tokens, other, self._layers(), f"heads.{name}.encoder", layers, HEADS)[0]
 
     def _layers(self) -> State:
         """The weights; those of shared layers under every layer's number."""
@@ -236,9 +240,3 @@ class Plain:
             for number in range(self.config.head_layers)
         }
         return self.state | copies
-
-
-def vit(model: Any) -> VisionEncoder:
-    tower = model.vision
-    assert isinstance(tower, VisionEncoder)
-    return tower
