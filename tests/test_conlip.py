@@ -48,6 +48,7 @@ def own_gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     [
         (EQ_4, {}),
         (EQ_4, {"conditioned": False}),
+        (("dcl",), {"positive": "online"}),
         (("info_nce", "mlm"), PROJECTED),
         (("dcl", "mim"), {"head_layers": 2, "head_shared": True, "image_mask_share": 0.3}),
         (("mim",), {"head_layers": 2}),

@@ -1,5 +1,7 @@
 """ConLIP's losses and masks alone, against the reference: Eq. 6, 9-11, and which patches are masked."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -60,6 +62,28 @@ def test_the_positive_couples_with_the_negatives_in_info_nce_alone() -> None:
         sizes.append(float(query.grad.norm()))
     assert sizes[0] > 20
     assert sizes[1] < 1e-6
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_all_vectors_may_run_from_their_past_together_where_the_positive_runs_too(name: str) -> None:
+    """Why the positive is the momentum encoder's: Eq. 9 and 10 as they are written pay for a common turn."""
+    past = torch.nn.functional.normalize(torch.tensor([[1.0, 0.02, 0], [1, 0, 0.02], [1, -0.02, 0]]).double())
+    queue, ids = Queue(past, torch.arange(3)), torch.arange(3)
+
+    def loss(angle: float, positive: str) -> float:
+        turned = past @ turn(angle)
+        rows = LOSSES[name][0](turned, turned if positive == "online" else past, 0.05, queue, ids)
+        return float(rows.losses_b.mean())
+
+    ahead = [[loss(angle, positive) for angle in (0.0, 0.5, 1.0)] for positive in ("online", "momentum")]
+    assert ahead[0][0] > ahead[0][1] + 0.5 > ahead[0][2] + 0.5
+    assert ahead[1] == pytest.approx([ahead[1][0]] * 3, abs=0.05)
+
+
+def turn(angle: float) -> Tensor:
+    """A rotation of all vectors, radians."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    return torch.tensor([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", LOSSES)
