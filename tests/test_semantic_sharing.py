@@ -253,8 +253,8 @@ def test_views_are_what_the_losses_read() -> None:
     assert (views.label_sets, views.regions) == ({}, True)
     views = build(("objects",)).views()
     assert (dict(views.texts), views.regions) == ({}, True)
-    views = build(("words",)).views()
-    assert (dict(views.images), views.regions) == ({}, False)
+    views = build(("words",), **GRID).views()
+    assert (dict(views.images), set(views.texts)) == ({}, {"text", "text_masked"})
     views = build(("labels",), **GRID).views()
     assert (dict(views.images), dict(views.texts), views.regions) == (
         {"image": "plain"},

@@ -170,15 +170,14 @@ class SemanticSharing(Method):
         return None if self.config.vision.trainable else self.vision
 
     def views(self) -> Views:
-        reads_images = any("image" in READS[name] for name in self.losses)
-        reads_texts = any("text" in READS[name] for name in self.losses)
-        images: dict[str, ImageView] = {"image": "plain"} if reads_images and self.vision is not None else {}
-        texts: dict[str, TextView] = {"text": "plain"} if reads_texts else {}
+        read = {side for name in self.losses for side in READS[name]}
+        images: dict[str, ImageView] = {"image": "plain"} if "image" in read and self.vision else {}
+        texts: dict[str, TextView] = {"text": "plain"} if "text" in read else {}
         if "words" in self.losses:
             texts["text_masked"] = MaskedTokens(self.config.mask_share)
         labels = self.config.labels
         sets = {LABELS: LabelSet(labels.fields, labels.names)} if self._reads_embeddings else {}
-        return Views(images, texts, label_sets=sets, regions=reads_images and self.vision is None)
+        return Views(images, texts, label_sets=sets, regions=self.vision is None)
 
     def forward(self, batch: Batch) -> Terms:
         """Both modalities of one mini-batch, in one step: Algorithm 1."""
