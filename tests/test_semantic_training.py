@@ -1,4 +1,4 @@
-"""Semantic Sharing under the engine and as a stage: resumed, split by ZeRO, written out, word vectors read."""
+"""Semantic Sharing under the engine and as a stage: resumed, split by ZeRO, written out; word vectors."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,12 @@ def engine(name: str, world_size: int, seed: int = 0) -> Engine:
     model = build(ALL, seed, feature_dropout=0.1).float()
     settings = read_deepspeed_config(CONFIGS / f"{name}.json")
     return Engine(
-        model, dict.fromkeys(ALL, 1.0), OPTIMIZER, settings, batch_per_gpu=COUNT // world_size, gradient_clip=1.0
+        model,
+        dict.fromkeys(ALL, 1.0),
+        OPTIMIZER,
+        settings,
+        batch_per_gpu=COUNT // world_size,
+        gradient_clip=1.0,
     )
 
 
@@ -88,7 +93,9 @@ STAGE: dict[str, Any] = MODEL | {
 
 
 def vectors(path: Path, width: int = 5) -> Path:
-    rows = [f"{word} {' '.join(str(place + n / 8) for n in range(width))}" for place, word in enumerate(WORDS)]
+    rows = [
+        f"{word} {' '.join(str(place + n / 8) for n in range(width))}" for place, word in enumerate(WORDS)
+    ]
     path.write_text(f"{len(rows)} {width}\n" + "\n".join(rows) + "\n", encoding="utf-8")
     return path
 
@@ -123,5 +130,5 @@ def test_a_stage_that_stops_goes_on_to_the_same_model(tmp_path: Path) -> None:
     assert float(table["content"].abs().max()) <= 0.1  # drawn
     assert loaded.embed_texts(["thing number 3"]).shape == (1, MODEL["dimension"])
     wrong = values | {"model": STAGE | {"text": frozen | {"weights": str(vectors(tmp_path / "w.txt", 4))}}}
-    with pytest.raises(StageError, match="have 4 numbers, model.text.word_width is 5"):
+    with pytest.raises(StageError, match=r"have 4 numbers, model\.text.word_width is 5"):
         run(Config(**wrong), make_job(tmp_path / "wrong", corpus))
