@@ -10,9 +10,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from learning import methods
+from learning.encoders.positions import grid_boxes, sinusoids
+from learning.encoders.segments import grid_side
 from learning.methods.base import NO_CLASS, EmbedsRegions, LabelSet, Regions, Texts
 from learning.training.footprint import footprint
-from tests import r2d2_case, semantic_case
+from tests import r2d2_case, semantic_case, semantic_reference
 from tests.semantic_case import ALL, BERT, EQ_6, GRID, MODEL, NAMES, REGIONS, Plain, build
 
 WEIGHTS = {"labels": 0.875, "words": 1.125, "objects": 0.75, "consistency": 1.25, "triplet": 0.625}
@@ -130,6 +132,29 @@ def test_a_global_embedding_knows_no_order_and_no_place() -> None:
     assert not torch.allclose(whole.embed_regions(turned), whole.embed_regions(other))
 
 
+# ------------------------------------------------------------------------------------------------ positions
+
+
+def test_cells_of_a_grid_are_boxes_and_a_cls_is_none() -> None:
+    assert [grid_side(tokens) for tokens in (1, 4, 5, 36, 197, 2)] == [
+        (1, 0),
+        (2, 0),
+        (2, 1),
+        (6, 0),
+        (14, 1),
+        (1, 1),
+    ]
+    with pytest.raises(ValueError, match="its 12 tokens are no square grid, with or without a"):
+        grid_side(12)
+    expected = [
+        semantic_reference.box(x, y, x + 20, y + 30, 60, 90) for y in (0, 30, 60) for x in (0, 20, 40)
+    ]
+    torch.testing.assert_close(grid_boxes(3), torch.stack(expected))
+    for size in (4, 7):
+        expected = [semantic_reference.place(t, size) for t in range(5)]
+        torch.testing.assert_close(sinusoids(5, size), torch.stack(expected))
+
+
 # ---------------------------------------------------------------------------------------------------- leaks
 
 
@@ -219,7 +244,7 @@ def test_masks_of_regions_hang_on_the_draw_alone() -> None:
     model = build(("objects",))
     batch = semantic_case.batch(model)
     assert torch.equal(model(batch).losses["objects"], model(batch).losses["objects"])
-    others = [model(replace(batch, draw=draw)).losses["objects"] for draw in range(4)]
+    others = [model(replace(batch, draw=draw)).losses["objects"].detach() for draw in range(4)]
     assert len({float(loss) for loss in others}) == 4
 
 

@@ -38,10 +38,10 @@ class SegmentEmbedding(nn.Module):
     def forward(
         self,
         segments_bnw: Float[Tensor, "b n w"],
-        positions_np: Float[Tensor, "*b n p"] | None = None,
+        positions: Float[Tensor, "*b n p"] | None = None,
         masked_bn: Bool[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """`positions_np`: of all samples, or of each; `masked_bn`: True where [MASK] stands in."""
+        """`positions`: of all samples, or of each; `masked_bn`: True where [MASK] stands in."""
         dtype = self.segment_fc.weight.dtype
         segments_bnw = F.dropout(segments_bnw.to(dtype), self.dropout, self.training)
         if masked_bn is not None:
@@ -49,8 +49,8 @@ class SegmentEmbedding(nn.Module):
             segments_bnw = torch.where(masked_bn[..., None], self.mask_vector, segments_bnw)
         e_bnd = self.segment_fc(segments_bnw)
         if self.position_fc is not None:
-            assert positions_np is not None
-            e_bnd = e_bnd + self.position_fc(positions_np.to(dtype))
+            assert positions is not None
+            e_bnd = e_bnd + self.position_fc(positions.to(dtype))
         return self.activation(self.mixed_fc(e_bnd))
 
 
