@@ -1,4 +1,4 @@
-"""The evaluate stage: recalls, or AUC, of a trained model on named galleries, and examples for the report.
+"""The evaluate stage: recalls, AUC, or NDCG and MAP of a trained model on named galleries, and examples.
 
 Nothing here goes back into training: a test split never picks the model.
 """
@@ -12,16 +12,18 @@ from pydantic import Field, model_validator
 from data_tools.corpus_source import CorpusSource
 from data_tools.shards import CorpusError, ShardIndex
 from learning import model_files
+from learning.evaluation.label_retrieval import EVERY_LABEL, LabelOutcome
 from learning.evaluation.matching import Matched
 from learning.evaluation.pairs import check_ranks_pairs
 from learning.evaluation.validate import Outcome
 from learning.training import distributed
 from stages.attention import AttentionMapsConfig, write_attention_maps
 from stages.base import Job, Report, StageConfig, StageError, Stopped
-from stages.evaluation_examples import Shown, matching_examples, retrieval_examples
+from stages.evaluation_examples import Shown, label_examples, matching_examples, retrieval_examples
 from stages.judged import Judged, judge
 
-SIZES = ("images", "texts", "positives", "negatives")  # counts of a gallery, not metrics
+# counts of a gallery, not metrics
+SIZES = ("images", "texts", "positives", "negatives", "labels", "unlabelled", "i2t_left_out", "t2i_left_out")
 
 
 class GalleryConfig(Judged):
@@ -153,7 +155,11 @@ def _check_method(config: Config, method: type) -> None:
 
 
 def _examples(
-    config: Config, job: Job, gallery: GalleryConfig, index: ShardIndex, outcome: Outcome | Matched
+    config: Config,
+    job: Job,
+    gallery: GalleryConfig,
+    index: ShardIndex,
+    outcome: Outcome | Matched | LabelOutcome,
 ) -> dict[str, Any]:
     """A gallery's entry in examples.json; what is shown becomes thumbnails."""
     pictures = job.out / "pictures"
@@ -163,6 +169,10 @@ def _examples(
     asked: dict[str, Any] = {"task": gallery.task, "split": gallery.split, "texts": list(gallery.texts)}
     if isinstance(outcome, Matched):
         return asked | matching_examples(outcome, shown, index, pictures)
+    if isinstance(outcome, LabelOutcome):
+        fields = list((gallery.label_set or EVERY_LABEL).fields)
+        asked |= {"fields": fields, "gain": gallery.gain, "cut": gallery.cut, "folds": gallery.folds}
+        return asked | label_examples(outcome, shown, index, pictures)
     asked |= {"relevance": gallery.relevance, "folds": gallery.folds}
     if gallery.rerank is not None:
         asked["rerank"] = {"top_k": gallery.rerank.top_k, "score": gallery.rerank.score}

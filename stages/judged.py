@@ -1,5 +1,6 @@
 """How a split that is not trained on is judged, in validation and as a gallery: the fields, and the act."""
 
+import re
 from collections.abc import Callable
 from typing import Literal
 
@@ -8,6 +9,9 @@ from pydantic import Field, model_validator
 
 from data_tools.shards import ShardIndex
 from learning.evaluation.gallery import TextField
+from learning.evaluation.label_metrics import Gain
+from learning.evaluation.label_retrieval import EVERY_LABEL, LabelOutcome, evaluate_labels
+from learning.evaluation.label_sets import CLASSES, LabelSetConfig
 from learning.evaluation.matching import LABEL, MatchBy, Matched, evaluate_matching
 from learning.evaluation.metrics import DIRECTIONS, Direction
 from learning.evaluation.rerank import RerankConfig
@@ -17,21 +21,28 @@ from learning.tokenizer import Tokenizer
 from learning.training.augment import ImageTransform
 from stages.base import Frozen
 
-ONE_TASK = {  # fields that say something in one task alone
-    "relevance": "retrieval",
-    "directions": "retrieval",
-    "rerank": "retrieval",
-    "folds": "retrieval",
-    "label": "matching",
-    "match_by": "matching",
+OF_TASKS = {  # fields that say something in these tasks alone
+    "relevance": ("retrieval",),
+    "directions": ("retrieval", "labels"),
+    "rerank": ("retrieval",),
+    "folds": ("retrieval", "labels"),
+    "label": ("matching",),
+    "match_by": ("matching",),
+    "label_set": ("labels",),
+    "gain": ("labels",),
+    "cut": ("labels",),
 }
+_LABEL_METRIC = re.compile(r"(?:chance_)?(?:(?:i2t|t2i)_)?(?:ndcg|map)(?:@(\d+))?")
+_LABEL_COUNT = re.compile(r"(?:i2t|t2i)_left_out|labels|unlabelled")
 
 
 class Judged(Frozen):
-    """A split, and what is asked of it: retrieval, or matching as in ICM and IQM."""
+    """A split, and what is asked of it: retrieval, by samples or by labels, or matching as in ICM and IQM."""
 
-    task: Literal["retrieval", "matching"] = Field(
-        default="retrieval", description="recalls, or the AUC of match and no match"
+    task: Literal["retrieval", "matching", "labels"] = Field(
+        default="retrieval",
+        description="recalls; the AUC of match and no match; or NDCG, MAP and recalls where answers that "
+        "share a label with the query are right",
     )
     split: str = Field(description="a split of the corpus")
     texts: tuple[TextField, ...] = Field(
@@ -57,16 +68,29 @@ class Judged(Frozen):
         default=None,
         description="matching: pairs, by the match probability, or cosine; null: pairs where the method can",
     )
+    label_set: LabelSetConfig | None = Field(
+        default=None, description=f"labels: those of a sample; null: all of its {CLASSES}"
+    )
+    gain: Gain = Field(
+        default="linear",
+        description="labels: what an answer that shares c labels is worth in NDCG: c, or 2^c - 1",
+    )
+    cut: int | None = Field(
+        default=None,
+        ge=1,
+        description="labels: the first so many answers count: ndcg@k, map@k; null: the whole gallery",
+    )
 
     @model_validator(mode="after")
     def _of_its_task(self) -> "Judged":
         if len(set(self.directions)) < len(self.directions):
             raise ValueError(f"directions: {self.directions[0]} stands twice; name it once")
-        for name, task in ONE_TASK.items():
+        for name, tasks in OF_TASKS.items():
             field = type(self).model_fields.get(name)
-            if field is not None and task != self.task and getattr(self, name) != field.default:
+            if field is not None and self.task not in tasks and getattr(self, name) != field.default:
                 raise ValueError(
-                    f"{name}: says nothing in task {self.task}; leave it out, or set task: {task}"
+                    f"{name}: says nothing in task {self.task}; leave it out, or set task: "
+                    f"{' or '.join(tasks)}"
                 )
         return self
 
@@ -76,10 +100,21 @@ class Judged(Frozen):
             return "rerank"
         return "match_by" if self.match_by == "pairs" else None
 
+    def best_metric(self) -> str:
+        """What to pick the best weights by."""
+        if self.task == "labels":
+            return "ndcg" if self.cut is None else f"ndcg@{self.cut}"
+        return "auc" if self.task == "matching" else "r@m"
+
     def has_metric(self, name: str) -> bool:
         """Whether a metric can come of it, as far as the fields tell."""
         if self.task == "matching":
             return name in ("auc", "positives", "negatives")
+        of_labels = _LABEL_METRIC.fullmatch(name)
+        if of_labels is not None and of_labels[1] != (None if self.cut is None else str(self.cut)):
+            return False
+        if (of_labels or _LABEL_COUNT.fullmatch(name)) and self.task != "labels":
+            return False
         if name == "auc" or (name.endswith("rsum") and len(self.directions) == 1):
             return False
         if name.startswith(("cosine_", "ceiling_")) and self.rerank is None:
@@ -100,8 +135,9 @@ def judge(
     max_pixels: int,
     folds: int = 1,
     advance: Callable[[int], None] | None = None,
-) -> Outcome | Matched:
-    """Do what `asked` says, on all ranks together; errors as evaluate_gallery and evaluate_matching have."""
+) -> Outcome | Matched | LabelOutcome:
+    """Do what `asked` says, on all ranks together; errors as evaluate_gallery, evaluate_matching and
+    evaluate_labels have."""
     if asked.task == "matching":
         return evaluate_matching(
             method,
@@ -115,6 +151,24 @@ def judge(
             device=device,
             max_length=max_length,
             max_pixels=max_pixels,
+            advance=advance,
+        )
+    if asked.task == "labels":
+        return evaluate_labels(
+            method,
+            tokenizer,
+            transform,
+            index,
+            asked.texts,
+            asked.label_set or EVERY_LABEL,
+            gain=asked.gain,
+            cut=asked.cut,
+            batch=batch,
+            device=device,
+            max_length=max_length,
+            max_pixels=max_pixels,
+            folds=folds,
+            directions=asked.directions,
             advance=advance,
         )
     return evaluate_gallery(

@@ -37,7 +37,7 @@ class Vocabulary(Frozen):
 
 
 class Validation(Judged):
-    """Retrieval or matching on a split that is not trained on, between epochs."""
+    """What is asked of a split that is not trained on, between epochs."""
 
     split: str = "validation"
     every_epochs: int = Field(default=1, ge=1, description="the last epoch is always followed by one")
@@ -119,7 +119,7 @@ class TrainingConfig(StageConfig):
     validation: Validation | None = Field(default=None, alias="validate")
     pick_best: str | None = Field(
         default=None,
-        description="validation metric whose best weights out/ holds: val/rsum, val/r@m, val/auc",
+        description="validation metric whose best weights out/ holds: val/rsum, val/r@m, val/auc, val/ndcg",
     )
     new_parts: tuple[str, ...] = Field(
         default=(),
@@ -180,9 +180,9 @@ class TrainingConfig(StageConfig):
                 raise ValueError(f"validate.{field}: {error}") from error
         name = (self.pick_best or "").removeprefix("val/")
         if self.pick_best is not None and not self.validation.has_metric(name):
-            best = "val/auc" if self.validation.task == "matching" else "val/r@m"
             raise ValueError(
-                f"pick_best: '{self.pick_best}' is no metric of `validate` as it is set; say {best}"
+                f"pick_best: '{self.pick_best}' is no metric of `validate` as it is set; "
+                f"say val/{self.validation.best_metric()}"
             )
         return self
 
