@@ -1,5 +1,7 @@
 """A corpus whose pictures have several labels, or none, and now and then one text: for label-wise tests."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ TAGS = ["a|b", "b", "", "c| a", "c", "", "b", "z"]
 SAME_TEXT = (1, 2)  # they have one caption in common
 
 
-def write_corpus(directory: Path, split: str = "test", samples: int = 24) -> Path:
-    """Sample i has CLASSES[i % 8] as its classes and TAGS[i % 8] as its label `tags`."""
-    writer = ShardWriter(directory, shard_bytes=30_000, splits=[split], labels=["concept", "tags"])
-    for number in range(samples):
+def write_corpus(directory: Path, splits: Sequence[str] = ("test",), samples: int = 24) -> Path:
+    """Sample i of a split has CLASSES[i % 8] as its classes and TAGS[i % 8] as its label `tags`."""
+    writer = ShardWriter(directory, shard_bytes=30_000, splits=list(splits), labels=["concept", "tags"])
+    for split, number in itertools.product(splits, range(samples)):
         image = tiny_model.picture_bytes(number)
         record = tiny_model.record(number, split, image)
         record |= {"captions": captions(number), "classes": CLASSES[number % 8]}

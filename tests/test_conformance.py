@@ -4,6 +4,9 @@ A method is found by `learning.methods.names()` and its recipe by a rule (tests/
 one is walked through as it comes. A fifth one stands in tests/user_method as a user would write it.
 """
 
+import json
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ import pytest
 import torch
 
 from learning import methods
-from tests import conformance
-from tests.conformance import STEPS, USERS_OWN, Stage
+from tests import conformance, label_case
+from tests.conformance import STEPS, USER, USERS_OWN, Stage
 from tests.distributed_harness import run_distributed
+from tests.pipeline_harness import REPOSITORY, command, environment
+from tests.training_case import CONFIGS
 
 NAMES = sorted({*methods.names(), USERS_OWN})
 by_method = pytest.mark.parametrize("method", NAMES)
@@ -133,3 +138,37 @@ def close(ours: Any, theirs: Any, at: str) -> None:
             close(one, other, f"{at}: {number}")
     else:
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9, msg=lambda text: f"{at}: {text}")
+
+
+@pytest.mark.slow
+def test_a_users_method_is_one_file_and_one_recipe(tmp_path: Path) -> None:
+    """A copy of the house with the file in learning/methods: trained and evaluated by `tandem run`."""
+    house = tmp_path / "house"
+    shutil.copytree(REPOSITORY / "learning", house / "learning", ignore=shutil.ignore_patterns("__pycache__"))
+    for package in ("pipeline", "stages", "data_tools"):
+        (house / package).symlink_to(REPOSITORY / package)
+    shutil.copy(USER / f"{USERS_OWN}.py", house / "learning" / "methods")
+    shutil.copy(USER / f"{USERS_OWN}_demo.yaml", tmp_path)
+    shutil.copy(CONFIGS / "zero1_fp32.json", tmp_path)
+    label_case.write_corpus(tmp_path / "shard" / "out", ("train", "val"))
+
+    def tandem(*arguments: str) -> dict[str, Any]:
+        done = subprocess.run(
+            command(*arguments, f"{USERS_OWN}_demo.yaml", "--json"),
+            cwd=tmp_path,
+            env=environment() | {"PYTHONPATH": str(house)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    tandem("run")
+    found = tandem("results")
+    assert found["complete"]
+    assert found["stages"]["pretrain"]["best/val/ndcg"] == found["stages"]["pretrain"]["val/ndcg"]
+    for name in ("own/i2t_r@1", "own/rsum", "by_labels/ndcg", "by_labels/chance_map"):
+        assert found["metrics"][f"eval/{name}"] > 0
+    assert found["counts"]["evaluate"]["by_labels_labels"] == 4

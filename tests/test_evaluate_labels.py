@@ -166,7 +166,7 @@ def validation(**changed: Any) -> dict[str, Any]:
 
 
 def test_training_picks_its_best_weights_by_ndcg(tmp_path: Path) -> None:
-    corpus = label_case.write_corpus(tmp_path / "shard/out", "train")
+    corpus = label_case.write_corpus(tmp_path / "shard/out", ["train"])
     values = training(validate=validation(batch=8), pick_best="val/ndcg")
     made = pretrain.run(pretrain.Config(**values), make_job(tmp_path / "a", corpus))
     assert 0 < made.metrics["val/ndcg"] <= made.metrics["best/val/ndcg"] <= 100
