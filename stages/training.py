@@ -70,6 +70,12 @@ class TrainingConfig(StageConfig):
     distributed: ClassVar[bool] = True
     version: ClassVar[int] = 2  # dropout is drawn by step and rank
 
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        lt=2**32,
+        description="of this stage alone, so that several runs have one corpus; null: the recipe's",
+    )
     model: dict[str, Any] = Field(description="validated by the Config of the method that it names")
     losses: dict[str, float] = Field(
         min_length=1,

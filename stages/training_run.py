@@ -74,6 +74,7 @@ class _Training:
 
     def __init__(self, config: TrainingConfig, job: Job):
         self.config, self.job = config, job
+        self.seed = job.seed if config.seed is None else config.seed
         self._check_batch()
         made_here = job.inputs["corpus"] / "out" if "corpus" in job.inputs else None
         corpus = config.data.place(made_here, job.recipe_directory)
@@ -92,7 +93,7 @@ class _Training:
             self.transform,
             self.method.views(),
             config.data,
-            seed=job.seed,
+            seed=self.seed,
             contrastive_batch=config.contrastive_batch,
             max_length=self.max_length,
             rank=distributed.rank(),
@@ -251,7 +252,7 @@ class _Training:
                 yield from texts_of(record, name)
 
     def _method(self) -> Method:
-        torch.manual_seed(self.job.seed)  # the same start on every rank
+        torch.manual_seed(self.seed)  # the same start on every rank
         method = methods.build(self.model_config, tuple(self.config.losses), self.tokenizer.vocabulary_size)
         if self.upstream is not None:
             state = model_files.read_weights(self.upstream)

@@ -63,6 +63,22 @@ def test_the_cross_encoder_is_the_plain_one_pair_by_pair() -> None:
         torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-10)
 
 
+def test_the_first_tokens_alone_are_those_of_all() -> None:
+    """What the last layer leaves out is not read: [CLS] and every gradient are the whole encoder's."""
+    made, (x, x_mask, other, other_mask) = encoder(), pairs()
+    inputs = [x.requires_grad_(), other.requires_grad_(), *made.parameters()]
+    whole, first = made(x, x_mask, other, other_mask), made(x, x_mask, other, other_mask, first=1)
+    assert first.shape == (3, 1, 8)
+    torch.testing.assert_close(first, whole[:, :1], rtol=1e-12, atol=1e-13)
+    weights = torch.randn(first.shape, generator=torch.Generator().manual_seed(2), dtype=DOUBLE)
+    ours, theirs = (
+        torch.autograd.grad((made_[:, :1] * weights).sum(), inputs, retain_graph=True)
+        for made_ in (first, whole)
+    )
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
 def test_without_masks_nothing_is_padding() -> None:
     made, (x, x_mask, other, other_mask) = encoder(), pairs()
     ours = made(x, None, other, None)

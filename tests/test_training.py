@@ -148,6 +148,18 @@ def test_one_process_trains_and_its_model_loads(tmp_path: Path) -> None:
     assert not (tmp_path / "b/tokenizer").exists()
 
 
+def test_a_stage_may_have_a_seed_of_its_own(tmp_path: Path) -> None:
+    """In place of the recipe's, 5 here: the start and every draw hang on it."""
+    corpus = write_corpus(tmp_path / "shard/out", {"train": 16})
+    found = {}
+    for seed in (None, 5, 6):
+        name = f"seed_{seed}"
+        run(Config(**config_values(**ONE, seed=seed)), make_job(tmp_path / name, corpus))
+        found[seed] = weights_hash(tmp_path / name)
+    assert found[None] == found[5]
+    assert found[6] != found[5]
+
+
 @pytest.mark.slow
 def test_cached_tower_tokens_train_the_same_model(tmp_path: Path) -> None:
     """The faster path from corpus to out/: augmented views go through the tower, plain ones are kept."""

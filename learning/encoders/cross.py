@@ -82,17 +82,20 @@ class CrossLayer(nn.Module):
         keep_b11n: Tensor | None,
         other_bkd: Float[Tensor, "b k d"],
         keep_b11k: Tensor | None,
+        first: int | None = None,
     ) -> Float[Tensor, "b n d"]:
-        x_bnd = self.attended_to_itself(x_bnd, keep_b11n)
+        """`first`: only so many tokens of x, from [CLS] on, are asked for; None: all."""
+        x_bnd = self.attended_to_itself(x_bnd, keep_b11n, first)
         crossed = self.cross_attention(x_bnd, other_bkd, keep_b11k)
         x_bnd = self.cross_norm(x_bnd + self._dropped(crossed))
         return self.ffn_norm(x_bnd + self._dropped(self.narrow(F.gelu(self.widen(x_bnd)))))
 
     def attended_to_itself(
-        self, x_bnd: Float[Tensor, "b n d"], keep_b11n: Tensor | None
+        self, x_bnd: Float[Tensor, "b n d"], keep_b11n: Tensor | None, first: int | None = None
     ) -> Float[Tensor, "b n d"]:
         """The first of the three sums: what the cross-attention asks with."""
-        return self.self_norm(x_bnd + self._dropped(self.self_attention(x_bnd, x_bnd, keep_b11n)))
+        asking = x_bnd[:, :first]
+        return self.self_norm(asking + self._dropped(self.self_attention(asking, x_bnd, keep_b11n)))
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -114,12 +117,17 @@ class CrossEncoder(Layered):
         x_mask_bn: Int64[Tensor, "b n"] | None,
         other_bkd: Float[Tensor, "b k d"],
         other_mask_bk: Int64[Tensor, "b k"] | None,
+        first: int | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Masks: 1 = token, 0 = padding; None: no padding."""
+        """Masks: 1 = token, 0 = padding; None: no padding.
+
+        `first`: so many tokens come out, from [CLS] on, and the last layer computes no other; None: all.
+        """
         keep_x, keep_other = _keep(x_mask_bn), _keep(other_mask_bk)
-        for layer in self.layers:
+        *before, last = self.layers
+        for layer in before:
             x_bnd = layer(x_bnd, keep_x, other_bkd, keep_other)
-        return x_bnd
+        return last(x_bnd, keep_x, other_bkd, keep_other, first)
 
     def attention(
         self,

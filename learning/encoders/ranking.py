@@ -25,13 +25,16 @@ class Fused(NamedTuple):
     tokens: Float[Tensor, "p n w"]
     mask: Int64[Tensor, "p n"] | None  # None: no padding
 
+    def rows(self, part: slice) -> "Fused":
+        return Fused(self.tokens[part], None if self.mask is None else self.mask[part])
+
 
 class Judged(NamedTuple):
     """What the cross encoders give for some pairs."""
 
     by_image: Float[Tensor, "p 2"]  # logits from the image's [CLS] after the image-text encoder
     by_text: Float[Tensor, "p 2"]  # and from the text's after the text-image one
-    text_tokens: Float[Tensor, "p m w"]  # of the text-image encoder
+    text_tokens: Float[Tensor, "q m w"]  # of the text-image encoder, where they were asked for
 
     def probability(self) -> Float[Tensor, " p"]:
         """The mean of both encoders' probabilities (0-1) of a match."""
@@ -51,11 +54,21 @@ class Ranking(nn.Module):
         self.text_image = CrossEncoder(layers, width, heads, intermediate, dropout)
         self.match_head = nn.Linear(width, 2)  # g of Eq. 3: one for both
 
-    def forward(self, images: Fused, texts: Fused) -> Judged:
-        """Row i of both is a pair. Every pair is judged alone."""
-        by_image = self.image_text(*images, *texts)
-        by_text = self.text_image(*texts, *images)
-        return Judged(self.match_head(by_image[:, 0]), self.match_head(by_text[:, 0]), by_text)
+    def forward(self, images: Fused, texts: Fused, tokens_of: int | None = None) -> Judged:
+        """Row i of both is a pair. Every pair is judged alone.
+
+        `tokens_of`: of so many pairs, from the first on, all tokens of the text-image encoder are wanted; of
+        the others, and with None of all, the last layer computes [CLS] alone.
+        """
+        by_image = self.image_text(*images, *texts, first=1)[:, 0]
+        if tokens_of is None:
+            by_text = tokens = self.text_image(*texts, *images, first=1)
+        else:
+            whole, rest = slice(tokens_of), slice(tokens_of, None)
+            tokens = self.text_image(*texts.rows(whole), *images.rows(whole))
+            others = self.text_image(*texts.rows(rest), *images.rows(rest), first=1)
+            by_text = torch.cat([tokens[:, :1], others])
+        return Judged(self.match_head(by_image), self.match_head(by_text[:, 0]), tokens)
 
     def attention(self, images: Fused, texts: Fused, layer: int) -> Float[Tensor, "p heads m n"]:
         """From text tokens to the image's, [CLS] left out, in a layer (from 1) of the text-image encoder."""

@@ -302,9 +302,10 @@ class R2D2(Method):
             torch.cat([mask, other_texts.fetch(mask), mask]),
         )
         pairs = Fused(torch.cat([image[:count], image]), None)
-        hidden = self._judge(step, terms, "fgr", (pairs, text), labels, there)
+        read = count if self.enhanced else None  # MLM reads the positive pairs' tokens
+        hidden = self._judge(step, terms, "fgr", (pairs, text), labels, there, read)
         if self.enhanced:
-            self._masked_language(step, terms, hidden[:count])
+            self._masked_language(step, terms, hidden)
 
     def _negatives(self, step: "_Step") -> tuple[Int64[Tensor, " b"], Int64[Tensor, " b"]]:
         """For each image a text, and for each text an image, of all ranks'; NONE where all show the same."""
@@ -331,9 +332,11 @@ class R2D2(Method):
         pairs: tuple[Fused, Fused],
         labels: Int64[Tensor, " p"],
         there: Bool[Tensor, " p"],
-    ) -> Float[Tensor, "p m w"]:
-        """Adds the weighted mean over all ranks' pairs that are `there`; gives the text-image tokens."""
-        judged = self._need_ranking()(*pairs)
+        tokens_of: int | None = None,
+    ) -> Float[Tensor, "q m w"]:
+        """Adds the weighted mean over all ranks' pairs that are `there`; gives the text-image tokens of the
+        first `tokens_of`."""
+        judged = self._need_ranking()(*pairs, tokens_of)
         losses = (matching_rows(judged.by_image, labels) + matching_rows(judged.by_text, labels)) / 2
         weights = losses.new_tensor(self.config.match_weights)[labels] * there
         right = (judged.by_image + judged.by_text).argmax(dim=1) == labels
