@@ -152,23 +152,21 @@ def test_a_users_method_is_one_file_and_one_recipe(tmp_path: Path) -> None:
     shutil.copy(CONFIGS / "zero1_fp32.json", tmp_path)
     label_case.write_corpus(tmp_path / "shard" / "out", ("train", "val"))
 
-    def tandem(*arguments: str) -> dict[str, Any]:
-        done = subprocess.run(
-            command(*arguments, f"{USERS_OWN}_demo.yaml", "--json"),
-            cwd=tmp_path,
-            env=environment() | {"PYTHONPATH": str(house)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
-
-    tandem("run")
-    found = tandem("results")
-    assert found["complete"]
-    assert found["stages"]["pretrain"]["best/val/ndcg"] == found["stages"]["pretrain"]["val/ndcg"]
+    ran = subprocess.run(
+        command("run", f"{USERS_OWN}_demo.yaml"),
+        cwd=tmp_path,
+        env=environment() | {"PYTHONPATH": str(house)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
+    assert "by_labels, by chance" in ran.stdout
+    trained, evaluated = (
+        json.loads(next((tmp_path / f"runs/{USERS_OWN}_demo" / stage).glob("*/DONE.json")).read_text())
+        for stage in ("pretrain", "evaluate")
+    )
+    assert trained["metrics"]["best/val/ndcg"] == trained["metrics"]["val/ndcg"]
     for name in ("own/i2t_r@1", "own/rsum", "by_labels/ndcg", "by_labels/chance_map"):
-        assert found["metrics"][f"eval/{name}"] > 0
-    assert found["counts"]["evaluate"]["by_labels_labels"] == 4
+        assert evaluated["metrics"][f"eval/{name}"] > 0
+    assert evaluated["counts"]["by_labels_labels"] == 4
