@@ -1,11 +1,13 @@
 """How a split that is not trained on is judged, in validation and as a gallery: the fields, and the act."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 
+from data_tools.regions.store import RegionStore
 from data_tools.shards import ShardIndex
 from learning.evaluation.gallery import TextField
 from learning.evaluation.matching import LABEL, MatchBy, Matched, evaluate_matching
@@ -15,6 +17,7 @@ from learning.evaluation.validate import Outcome, evaluate_gallery
 from learning.methods.base import Method
 from learning.tokenizer import Tokenizer
 from learning.training.augment import ImageTransform
+from learning.training.split_regions import check_method
 from stages.base import Frozen
 
 ONE_TASK = {  # fields that say something in one task alone
@@ -76,6 +79,10 @@ class Judged(Frozen):
             return "rerank"
         return "match_by" if self.match_by == "pairs" else None
 
+    def reads_pictures(self) -> str | None:
+        """The field that asks for what is done with pictures alone, not with regions; None: there is none."""
+        return "task" if self.task == "matching" else self.judges_pairs()
+
     def has_metric(self, name: str) -> bool:
         """Whether a metric can come of it, as far as the fields tell."""
         if self.task == "matching":
@@ -99,9 +106,13 @@ def judge(
     max_length: int,
     max_pixels: int,
     folds: int = 1,
+    regions: RegionStore | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Outcome | Matched:
-    """Do what `asked` says, on all ranks together; errors as evaluate_gallery and evaluate_matching have."""
+    """Do what `asked` says, on all ranks together; errors as evaluate_gallery and evaluate_matching have.
+
+    regions: of the split's pictures, read in their place; only where `asked.reads_pictures()` is None.
+    """
     if asked.task == "matching":
         return evaluate_matching(
             method,
@@ -131,5 +142,17 @@ def judge(
         folds=folds,
         directions=asked.directions,
         rerank_by=asked.rerank,
+        regions=regions,
         advance=advance,
     )
+
+
+def open_regions(inputs: Mapping[str, Path], method: Method) -> RegionStore | None:
+    """The regions that a method reads, of the input `regions`; None for a method of pictures.
+
+    Raises ValueError where the method and the input do not go together (check_method), and for a store that
+    is damaged.
+    """
+    store = RegionStore.open(inputs["regions"] / "out") if "regions" in inputs else None
+    check_method(method, store)
+    return store

@@ -66,7 +66,7 @@ class TrainingConfig(StageConfig):
         }
     )
     roles: ClassVar[tuple[str, ...]] = ("corpus",)
-    optional_roles: ClassVar[tuple[str, ...]] = ("weights",)
+    optional_roles: ClassVar[tuple[str, ...]] = ("weights", "regions")
     distributed: ClassVar[bool] = True
     version: ClassVar[int] = 2  # dropout is drawn by step and rank
 
@@ -173,6 +173,11 @@ class TrainingConfig(StageConfig):
         if self.validation is None:
             return self
         field = self.validation.judges_pairs()
+        pictures = self.validation.reads_pictures()
+        if "regions" in self.inputs and pictures is not None:
+            raise ValueError(
+                f"validate.{pictures}: reads pictures, and inputs.regions is given; leave it out"
+            )
         if field is not None:
             try:
                 check_ranks_pairs(methods.module(str(self.model["method"])).METHOD)
