@@ -104,8 +104,8 @@ class SampleLabelSets:
                 given = record().get(CLASSES) or []
                 if not isinstance(given, list) or not all(isinstance(value, str) for value in given):
                     raise BadRecord(
-                        f"{self._index.where(position)}: `{CLASSES}` is no list of names; run the shard stage "
-                        "again"
+                        f"{self._index.where(position)}: `{CLASSES}` is no list of names; run the "
+                        "shard stage again"
                     )
             else:
                 given = [self._columns[field][position].as_py() or ""]
