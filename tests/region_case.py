@@ -51,6 +51,6 @@ def write_store(out: Path, corpus: Path, without: Sequence[str] = (), dtype: str
             writer.write(row, None if key in without else regions_of(key))
         writer.sync()
     samples = pa.table({"key": index.keys, "picture": index.pictures})
-    missing = [{"key": key, "name": key, "reason": "absent"} for key in without]
-    commit(out, layout, samples, missing, None, {"from": "test"})
+    missing = [{"key": key, "name": key, "reason": "absent", "detail": ""} for key in without]
+    commit(out, layout, samples, missing, 5, None, {"from": "test"})
     return RegionStore.open(out)

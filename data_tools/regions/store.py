@@ -121,6 +121,7 @@ class RegionStore:
         self.directory = directory
         self.layout = Layout(*(manifest[name] for name in ("rows", "regions", "width", "dtype")))
         self.class_names: list[str] | None = manifest["class_names"]
+        self.class_count: int | None = manifest["class_count"]  # classes are below it; None: unknown
         self._keys, self._sums = keys, sums
         self._files: RowFiles | None = None
 

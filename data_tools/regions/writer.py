@@ -35,7 +35,7 @@ from data_tools.regions.store import (
 SPARE = 1.05  # free space asked for, as a multiple of what is written
 _SUM_BYTES = 4
 _EDGE = 1e-4  # a position's rounding over the edge of the picture
-MISSING_SCHEMA = pa.schema([("key", pa.string()), ("name", pa.string()), ("reason", pa.string())])
+MISSING_SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "name", "reason", "detail")])
 
 
 def prepare(directory: Path, layout: Layout) -> None:
@@ -130,6 +130,7 @@ def commit(
     layout: Layout,
     samples: pa.Table,
     missing: Sequence[dict[str, str]],
+    class_count: int | None,
     class_names: Sequence[str] | None,
     source: dict[str, Any],
 ) -> None:
@@ -138,7 +139,7 @@ def commit(
     samples: `key` and `picture` of each row. missing: rows of MISSING_SCHEMA. source: how they were made.
     """
     pq.write_table(samples.select(["key", "picture"]), directory / KEYS)
-    pq.write_table(pa.Table.from_pylist(list(missing), MISSING_SCHEMA), directory / MISSING)
+    write_missing(directory, missing)
     small = (KEYS, SUMS, MISSING)
     files = {
         name: {
@@ -155,6 +156,7 @@ def commit(
         "regions": layout.regions,
         "width": layout.width,
         "dtype": layout.dtype,
+        "class_count": class_count,
         "class_names": None if class_names is None else list(class_names),
         "source": source,
         "files": files,
@@ -165,6 +167,13 @@ def commit(
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(directory / MANIFEST)
+
+
+def write_missing(directory: Path, missing: Sequence[dict[str, str]]) -> Path:
+    """missing.parquet; its path."""
+    path = directory / MISSING
+    pq.write_table(pa.Table.from_pylist(list(missing), MISSING_SCHEMA), path)
+    return path
 
 
 def _check_positions(positions: np.ndarray) -> None:

@@ -184,14 +184,20 @@ def _agreed(compute: Callable[[], T]) -> T:
 
 def plain_pixels(index: ShardIndex, i: int, transform: ImageTransform, max_pixels: int) -> Tensor:
     """Image i as training sees its plain view. Raises ValueError that names its shard and its key."""
+    picture = checked_picture(index, i, max_pixels)
+    try:
+        return transform.plain(picture)
+    except PictureError as error:
+        raise ValueError(f"{error}; raise max_pixels, or run the shard stage again") from error
+
+
+def checked_picture(index: ShardIndex, i: int, max_pixels: int) -> EncodedPicture:
+    """Image i, not decoded yet. Raises ValueError where it is not the picture of its record."""
     where = index.where(i)
     data = index.image_bytes(i)
     if hashlib.sha256(data).hexdigest() != index.record(i)["sha256"]:
         raise ValueError(f"{where}: the picture is not the one of its record; run the shard stage again")
-    try:
-        return transform.plain(EncodedPicture(data, max_pixels=max_pixels, name=where))
-    except PictureError as error:
-        raise ValueError(f"{error}; raise max_pixels, or run the shard stage again") from error
+    return EncodedPicture(data, max_pixels=max_pixels, name=where)
 
 
 def weights_dtype(method: Method) -> torch.dtype:

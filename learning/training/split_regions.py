@@ -74,7 +74,7 @@ def cast_regions(regions: Regions, dtype: torch.dtype) -> Regions:
 
 def check_method(method: Method, store: RegionStore | None) -> None:
     """Raises ValueError where a method reads regions and there is no `inputs.regions`, or the other way
-    round, and where its sizes, `model.vision`'s count and width, are not the store's."""
+    round, and where its sizes, `model.vision`'s count, width and classes, are not the store's."""
     name = type(method).__name__
     if not method.views().regions:
         if store is not None:
@@ -88,11 +88,17 @@ def check_method(method: Method, store: RegionStore | None) -> None:
     if not isinstance(method, EmbedsRegions):
         raise ValueError(f"{name} reads regions in training, but has no embed_regions to be used with")
     check_sizes(method, store.layout.regions, store.layout.width, f"inputs.regions: {store.directory}")
+    classes = getattr(_vision(method), "classes", None)
+    if classes is not None and store.class_count is not None and classes < store.class_count:
+        raise ValueError(
+            f"model.vision.classes: {classes}, but inputs.regions: {store.directory} has classes up to "
+            f"{store.class_count - 1}; set it to {store.class_count}"
+        )
 
 
 def check_sizes(method: Method, regions: int, width: int, what: str) -> None:
     """Raises ValueError where `model.vision`'s count and width are not those of the regions, `what`."""
-    vision: Any = getattr(getattr(method, "config", None), "vision", None)
+    vision = _vision(method)
     for field, found in (("count", regions), ("width", width)):
         wanted = getattr(vision, field, found)
         if wanted != found:
@@ -100,3 +106,8 @@ def check_sizes(method: Method, regions: int, width: int, what: str) -> None:
                 f"model.vision.{field}: {wanted}, but {what}: {found}; set it to {found}, or make "
                 "the regions anew"
             )
+
+
+def _vision(method: Method) -> Any:
+    """The method's section `model.vision`; None where it has none."""
+    return getattr(getattr(method, "config", None), "vision", None)
