@@ -27,7 +27,7 @@ from learning import methods
 from learning.methods.base import EmbedsRegions, Method, MethodConfig, Regions, Texts
 from learning.tokenizer import Tokenizer, load_tokenizer
 from learning.training.augment import ImageTransform
-from learning.training.split_regions import cast_regions, check_sizes
+from learning.training.split_regions import cast_regions, check_sizes, reads_regions
 
 WEIGHTS = "model.safetensors"
 CARD = "model.json"
@@ -97,7 +97,7 @@ class RetrievalModel:
 
         Raises ValueError for a model that reads regions.
         """
-        if self.method.views().regions:
+        if reads_regions(self.method):
             raise ValueError(
                 "this model reads regions of pictures, not their pixels; use embed_regions, with regions "
                 "made as in training (a regions stage)"
@@ -113,7 +113,7 @@ class RetrievalModel:
 
         Raises ValueError for a model of pictures, and for another number of regions or numbers a region.
         """
-        if not (self.method.views().regions and isinstance(self.method, EmbedsRegions)):
+        if not (reads_regions(self.method) and isinstance(self.method, EmbedsRegions)):
             raise ValueError("this model reads pictures, not regions; use embed_images")
         check_sizes(self.method, regions.features.shape[1], regions.features.shape[2], "these regions")
         rows = []

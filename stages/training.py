@@ -17,6 +17,7 @@ from learning.training.ema import EmaConfig
 from learning.training.loader import DataConfig
 from learning.training.rates import OptimizerConfig
 from learning.training.schedule import ScheduleConfig
+from learning.training.split_regions import TOWER
 from stages.base import Frozen, StageConfig
 from stages.judged import Judged
 
@@ -166,6 +167,15 @@ class TrainingConfig(StageConfig):
             raise ValueError("pick_best: needs `validate` with a split that is not the test split")
         if self.pick_best is not None and not self.pick_best.startswith("val/"):
             raise ValueError(f"pick_best: '{self.pick_best}' is no validation metric; say val/rsum")
+        return self
+
+    @model_validator(mode="after")
+    def _pictures_or_regions(self) -> "TrainingConfig":
+        vision = getattr(methods.parse_config(self.model), "vision", None)
+        if getattr(vision, "tower", None) == TOWER and "regions" not in self.inputs:
+            raise ValueError(
+                "inputs.regions: missing; model.vision.tower is regions: name a regions stage of the corpus"
+            )
         return self
 
     @model_validator(mode="after")

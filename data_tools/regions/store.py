@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from data_tools.errors import DataError
 
 FORMAT = 1
+CONTENT = "regions"  # in the manifest: a corpus has one of that name too
 NO_CLASS = -1
 POSITION = 5  # numbers of a region's position
 MANIFEST, KEYS, SUMS, MISSING = "manifest.json", "keys.parquet", "sums.npy", "missing.parquet"
@@ -209,8 +210,10 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise RegionError(f"{path}: no manifest: not the out/ of a finished regions stage") from error
     except (OSError, ValueError) as error:
         raise RegionError(f"{path}: cannot be read ({error}): {_REMEDY}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(manifest, dict) or manifest.get("content") != CONTENT:
+        raise RegionError(f"{path}: is of no regions: name a regions stage")
+    if manifest.get("format") != FORMAT:
+        found = manifest.get("format")
         raise RegionError(f"{path}: format: {found!r}; this version reads {FORMAT}: {_REMEDY}")
     return manifest
 

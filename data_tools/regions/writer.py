@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from data_tools.regions.store import (
     ARRAYS,
+    CONTENT,
     FORMAT,
     KEYS,
     MANIFEST,
@@ -150,6 +151,7 @@ def commit(
         for name in (*(f"{name}.npy" for name in ARRAYS), *small)
     }
     manifest = {
+        "content": CONTENT,
         "format": FORMAT,
         "rows": layout.rows,
         "missing": len(missing),

@@ -17,7 +17,7 @@ from learning.training.randomness import stable_hash
 logger = logging.getLogger(__name__)
 
 CLASSES = "classes"  # the field of a record that is a list; any other is one of its labels
-BETWEEN = "|"  # between several names in one value
+BETWEEN = "|"  # of several names in one label
 LOOKED_AT = 64  # samples, at the start, of which at least one should have a label of a set
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")  # what int64 holds, and none of int()'s liberties
 
@@ -108,9 +108,8 @@ class SampleLabelSets:
                         "shard stage again"
                     )
             else:
-                given = [self._columns[field][position].as_py() or ""]
-            for value in given:
-                yield from (part.strip() for part in value.split(BETWEEN))
+                given = (self._columns[field][position].as_py() or "").split(BETWEEN)
+            yield from (value.strip() for value in given)
 
     def _label(self, field: str) -> pa.ChunkedArray:
         try:

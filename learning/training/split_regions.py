@@ -10,6 +10,7 @@ from data_tools.regions.store import PictureRegions, RegionStore
 from data_tools.shards import ShardIndex
 from learning.methods.base import EmbedsRegions, Method, Regions
 
+TOWER = "regions"  # a `model.vision.tower`: regions are read, there is no tower
 SHOWN = 3  # keys that an error names
 
 
@@ -76,7 +77,7 @@ def check_method(method: Method, store: RegionStore | None) -> None:
     """Raises ValueError where a method reads regions and there is no `inputs.regions`, or the other way
     round, and where its sizes, `model.vision`'s count, width and classes, are not the store's."""
     name = type(method).__name__
-    if not method.views().regions:
+    if not reads_regions(method):
         if store is not None:
             raise ValueError(
                 f"inputs.regions: {name}, as it is set, reads pictures, not regions; leave the input out, "
@@ -94,6 +95,11 @@ def check_method(method: Method, store: RegionStore | None) -> None:
             f"model.vision.classes: {classes}, but inputs.regions: {store.directory} has classes up to "
             f"{store.class_count - 1}; set it to {store.class_count}"
         )
+
+
+def reads_regions(method: Method) -> bool:
+    """Whether a method reads regions in place of pictures, if not for its losses then to be evaluated."""
+    return getattr(_vision(method), "tower", None) == TOWER or method.views().regions
 
 
 def check_sizes(method: Method, regions: int, width: int, what: str) -> None:
