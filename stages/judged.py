@@ -1,17 +1,19 @@
 """How a split that is not trained on is judged, in validation and as a gallery: the fields, and the act."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 
+from data_tools.regions.store import RegionStore
 from data_tools.shards import ShardIndex
 from learning.evaluation.gallery import TextField
 from learning.evaluation.label_metrics import Gain
 from learning.evaluation.label_retrieval import EVERY_LABEL, LabelOutcome, evaluate_labels
-from learning.evaluation.label_sets import CLASSES, LabelSetConfig
+from learning.evaluation.label_sets import LabelSetConfig
 from learning.evaluation.matching import LABEL, MatchBy, Matched, evaluate_matching
 from learning.evaluation.metrics import DIRECTIONS, Direction
 from learning.evaluation.rerank import RerankConfig
@@ -19,6 +21,8 @@ from learning.evaluation.validate import Outcome, evaluate_gallery
 from learning.methods.base import Method
 from learning.tokenizer import Tokenizer
 from learning.training.augment import ImageTransform
+from learning.training.sample_labels import CLASSES
+from learning.training.split_regions import check_method
 from stages.base import Frozen
 
 OF_TASKS = {  # fields that say something in these tasks alone
@@ -106,6 +110,10 @@ class Judged(Frozen):
             return "ndcg" if self.cut is None else f"ndcg@{self.cut}"
         return "auc" if self.task == "matching" else "r@m"
 
+    def reads_pictures(self) -> str | None:
+        """The field that asks for what is done with pictures alone, not with regions; None: there is none."""
+        return "task" if self.task == "matching" else self.judges_pairs()
+
     def has_metric(self, name: str) -> bool:
         """Whether a metric can come of it, as far as the fields tell."""
         if self.task == "matching":
@@ -134,10 +142,14 @@ def judge(
     max_length: int,
     max_pixels: int,
     folds: int = 1,
+    regions: RegionStore | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Outcome | Matched | LabelOutcome:
     """Do what `asked` says, on all ranks together; errors as evaluate_gallery, evaluate_matching and
-    evaluate_labels have."""
+    evaluate_labels have.
+
+    regions: of the split's pictures, read in their place; only where `asked.reads_pictures()` is None.
+    """
     if asked.task == "matching":
         return evaluate_matching(
             method,
@@ -169,6 +181,7 @@ def judge(
             max_pixels=max_pixels,
             folds=folds,
             directions=asked.directions,
+            regions=regions,
             advance=advance,
         )
     return evaluate_gallery(
@@ -185,5 +198,17 @@ def judge(
         folds=folds,
         directions=asked.directions,
         rerank_by=asked.rerank,
+        regions=regions,
         advance=advance,
     )
+
+
+def open_regions(inputs: Mapping[str, Path], method: Method) -> RegionStore | None:
+    """The regions that a method reads, of the input `regions`; None for a method of pictures.
+
+    Raises ValueError where the method and the input do not go together (check_method), and for a store that
+    is damaged.
+    """
+    store = RegionStore.open(inputs["regions"] / "out") if "regions" in inputs else None
+    check_method(method, store)
+    return store

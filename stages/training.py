@@ -17,6 +17,7 @@ from learning.training.ema import EmaConfig
 from learning.training.loader import DataConfig
 from learning.training.rates import OptimizerConfig
 from learning.training.schedule import ScheduleConfig
+from learning.training.split_regions import TOWER
 from stages.base import Frozen, StageConfig
 from stages.judged import Judged
 
@@ -66,7 +67,7 @@ class TrainingConfig(StageConfig):
         }
     )
     roles: ClassVar[tuple[str, ...]] = ("corpus",)
-    optional_roles: ClassVar[tuple[str, ...]] = ("weights",)
+    optional_roles: ClassVar[tuple[str, ...]] = ("weights", "regions")
     distributed: ClassVar[bool] = True
     version: ClassVar[int] = 2  # dropout is drawn by step and rank
 
@@ -175,10 +176,24 @@ class TrainingConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _pictures_or_regions(self) -> "TrainingConfig":
+        vision = getattr(methods.parse_config(self.model), "vision", None)
+        if getattr(vision, "tower", None) == TOWER and "regions" not in self.inputs:
+            raise ValueError(
+                "inputs.regions: missing; model.vision.tower is regions: name a regions stage of the corpus"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _validated(self) -> "TrainingConfig":
         if self.validation is None:
             return self
         field = self.validation.judges_pairs()
+        pictures = self.validation.reads_pictures()
+        if "regions" in self.inputs and pictures is not None:
+            raise ValueError(
+                f"validate.{pictures}: reads pictures, and inputs.regions is given; leave it out"
+            )
         if field is not None:
             try:
                 check_ranks_pairs(methods.module(str(self.model["method"])).METHOD)

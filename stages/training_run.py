@@ -27,10 +27,11 @@ from learning.training.engine import Engine
 from learning.training.loader import Batches
 from learning.training.loop import fit
 from learning.training.plan import Outcome, Plan
+from learning.training.split_regions import SplitRegions
 from learning.training.tower_tokens import TowerTokens, identity
 from learning.training.watchdog import FIRST_STEP_FACTOR, Watchdog
 from stages.base import Job, Report, StageError, Stopped, Task
-from stages.judged import judge
+from stages.judged import judge, open_regions
 from stages.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ class _Training:
         self.tokenizer = self._tokenizer()
         self.transform, self.max_length = preparation(self.model_config)
         self.method = self._method()
+        self.regions = open_regions(job.inputs, self.method)
         self.batches = Batches(
             self.index,
             self.tokenizer,
@@ -99,11 +101,14 @@ class _Training:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             tower=self._tower(),
+            regions=None if self.regions is None else SplitRegions(self.regions, self.index),
         )
         self.validated: tuple[ShardIndex, Method] | None = None
         if config.validation is not None:
             plain = copy.deepcopy(self.method)  # before DeepSpeed takes the parameters over
             held_out = config.data.open(corpus, config.validation.split, job.recipe_directory)
+            if self.regions is not None:
+                SplitRegions(self.regions, held_out).check(0)  # now, not after the first epoch
             self.validated = (held_out, plain)
 
     def run(self, again: StartOver | None) -> Report:
@@ -274,6 +279,7 @@ class _Training:
             device=distributed.device(),
             max_length=self.max_length,
             max_pixels=self.config.data.max_pixels,
+            regions=self.regions,
         )
         return {f"val/{name}": value for name, value in judged.metrics.items()}
 

@@ -7,16 +7,19 @@ batches are made as the training stage itself makes them.
 import copy
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_tools.shards import ShardWriter
+from data_tools.regions.store import Layout
+from data_tools.regions.writer import RegionWriter, commit, prepare
+from data_tools.shards import ShardIndex, ShardWriter
 from learning import methods, model_files
 from learning.evaluation.embed import embed_images, embed_texts, evaluation_mode
 from learning.methods.base import Batch, EmbedsRegions, LabelSet, Method, Views
@@ -27,11 +30,12 @@ from learning.training.deepspeed_setup import read_deepspeed_config
 from learning.training.engine import Engine, Objective
 from learning.training.randomness import stable_hash
 from pipeline.recipe import load
-from stages.base import Job, StageConfig
+from stages.base import StageConfig
 from stages.training import TrainingConfig
 from stages.training_run import _Training
 from tests import tiny_model
 from tests.plain_engine import PlainEngine
+from tests.region_case import regions_of
 from tests.training_case import CONFIGS, make_job
 
 HERE = Path(__file__).parent
@@ -53,7 +57,14 @@ SMALL: dict[str, Any] = {  # fields of a model, by the end of their names (cross
     "layers": 1,
     "dropout": 0.0,  # drawn by rank
 }
-CHANGED: dict[str, Any] = {"queue": 12, "image_px": 64, "weights": None, "batch_norm": "global"}
+CHANGED: dict[str, Any] = {
+    "queue": 12,
+    "image_px": 64,
+    "weights": None,
+    "batch_norm": "global",
+    "count": 6,  # regions of a picture
+    "classes": 5,  # of regions
+}
 TEXTS = ("a red thing", "two blue things", "one green thing on a table", "no thing at all", "things, again")
 
 
@@ -69,6 +80,10 @@ class Stage:
     @property
     def method(self) -> str:
         return str(self.config.model["method"])
+
+    @property
+    def reads_regions(self) -> bool:
+        return "regions" in self.config.inputs
 
     @property
     def id(self) -> str:
@@ -133,8 +148,16 @@ def views_of(stage: Stage) -> Views:
     return methods.build(config, tuple(stage.config.losses), 50).views()
 
 
-def write_corpus(out: Path, stage: Stage) -> None:
-    """What the stage reads: texts in all fields, the labels and sets of labels that its views name."""
+def write_inputs(directory: Path, stage: Stage) -> None:
+    """What the stage reads, beside weights: corpus/out, and regions/out where it reads them."""
+    corpus = directory / "corpus" / "out"
+    _write_corpus(corpus, stage)
+    if stage.reads_regions:
+        write_regions(directory / "regions" / "out", corpus, stage)
+
+
+def _write_corpus(out: Path, stage: Stage) -> None:
+    """Texts in all fields, the labels and sets of labels that the stage's views name."""
     views = views_of(stage)
     positives = stage.config.data.positives
     names = {*views.labels, *([positives] if positives else [])}
@@ -158,6 +181,20 @@ def write_corpus(out: Path, stage: Stage) -> None:
 def _names_of(number: int, one: LabelSet) -> list[str]:
     """One or two of a set's names."""
     return sorted({one.names[number % len(one.names)], one.names[(3 * number) % len(one.names)]})
+
+
+def write_regions(out: Path, corpus: Path, stage: Stage) -> None:
+    """Regions of every picture, as many and as wide as the stage's model reads."""
+    vision: Any = methods.parse_config(dict(stage.config.model)).vision  # type: ignore[attr-defined]
+    index = ShardIndex.open(corpus)
+    layout = Layout(len(index), vision.count, vision.width, "float32")
+    prepare(out, layout)
+    with RegionWriter(out, layout) as writer:
+        for row, key in enumerate(index.keys):
+            writer.write(row, regions_of(key, vision.count, vision.width))
+        writer.sync()
+    samples = pa.table({"key": index.keys, "picture": index.pictures})
+    commit(out, layout, samples, [], vision.classes, None, {"from": "test"})
 
 
 # ---------------------------------------------------------------------------------------------- the walk
@@ -192,7 +229,8 @@ def training(stage: Stage, folder: Path, world_size: int) -> Any:
     place = folder / stage.id
     weights = None if stage.upstream is None else folder / f"{stage.recipe.stem}.{stage.upstream}"
     job = make_job(place / f"{world_size}_ranks", place / "corpus" / "out", weights=weights)
-    return _Training(stage.config, Job(**{**vars(job), "seed": 7}))
+    regions = {"regions": place / "regions"} if stage.reads_regions else {}
+    return _Training(stage.config, replace(job, inputs={**job.inputs, **regions}, seed=7))
 
 
 def begun(method: Method, seed: int = 0) -> Method:
@@ -349,5 +387,7 @@ def embeddings(
     """Of the corpus's pictures and of TEXTS, as evaluation has them."""
     options: dict[str, Any] = {"batch": COUNT, "device": torch.device("cpu")}
     with evaluation_mode(method):
-        images = embed_images(method, made.index, transform, max_pixels=10_000, **options)
+        images = embed_images(
+            method, made.index, transform, max_pixels=10_000, regions=made.regions, **options
+        )
         return images, embed_texts(method, tokenizer, TEXTS, max_length=max_length, **options)

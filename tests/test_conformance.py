@@ -42,7 +42,7 @@ def stages(plugged: None) -> list[Stage]:
 def folder(stages: list[Stage], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("conformance")
     for stage in stages:
-        conformance.write_corpus(folder / stage.id / "corpus" / "out", stage)
+        conformance.write_inputs(folder / stage.id, stage)
     return folder
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
+from data_tools.regions.store import RegionStore
 from data_tools.shards import ShardIndex
 from learning.evaluation.embed import embed_images, embed_texts, evaluation_mode, spread
 from learning.evaluation.gallery import Gallery, TextField, gallery_of
@@ -69,6 +70,7 @@ def evaluate_labels(
     max_pixels: int = MAX_PIXELS,
     folds: int = 1,
     directions: Sequence[Direction] = DIRECTIONS,
+    regions: RegionStore | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> LabelOutcome:
     """Embed a split, judge every answer by the labels that it shares with the query, and count.
@@ -76,7 +78,8 @@ def evaluate_labels(
     metrics: those of `label_metrics`, of `directions` alone; images, texts, labels (how many are counted),
     unlabelled (images without one: wrong answers to every query, and no queries). gain, cut: see
     `judge_labels`. With folds > 1 metrics are means over so many parts of consecutive images with their texts
-    (COCO 1K: five of the 5,000), each a gallery of its own, and `left_out` are sums.
+    (COCO 1K: five of the 5,000), each a gallery of its own, and `left_out` are sums. regions: read in place
+    of the pictures, by a method that embeds regions.
     `advance` is told the images and the texts done. Raises ValueError as `gallery_of`, `split_labels`,
     `label_metrics` and `embed_images` do; `method` and what it leaves as it was are as in `evaluate_gallery`.
     """
@@ -86,7 +89,14 @@ def evaluate_labels(
     parts = gallery.folds(folds) if folds > 1 else []
     with evaluation_mode(method):
         images = embed_images(
-            method, index, transform, batch=batch, device=device, max_pixels=max_pixels, advance=advance
+            method,
+            index,
+            transform,
+            batch=batch,
+            device=device,
+            max_pixels=max_pixels,
+            regions=regions,
+            advance=advance,
         )
         asked = embed_texts(
             method,

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from data_tools.shards import CorpusError, ShardIndex
 from learning.evaluation.gallery import Gallery
+from learning.training.sample_labels import BETWEEN, CLASSES
 
-CLASSES = "classes"  # the field of a record that is a list
-BETWEEN = "|"  # of several values in one label
 _SHOWN = 20  # labels that an error lists
 
 
