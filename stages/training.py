@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -29,9 +29,10 @@ HOLDING = ("zero_optimization", "communication_data_type")
 class Vocabulary(Frozen):
     """Where the tokenizer comes from, when no upstream stage gives one."""
 
-    size: int = Field(
-        default=8000, ge=1, description="of a WordPiece vocabulary trained on the split's texts"
+    kind: Literal["pieces", "words"] = Field(
+        default="pieces", description="WordPiece, trained on the split's texts; or their most frequent words"
     )
+    size: int = Field(default=8000, ge=1, description="of the vocabulary that the split's texts give")
     path: Path | None = Field(
         default=None, description="a vocab.txt, tokenizer.json, or a directory with one: not trained"
     )

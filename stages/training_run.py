@@ -14,9 +14,10 @@ from torch import Tensor
 from data_tools.shards import ShardIndex
 from learning import methods, model_files
 from learning.encoders.image_tower import with_fitted_towers
+from learning.encoders.text_towers import load_word_vectors
 from learning.evaluation.gallery import texts_of
 from learning.methods.base import Method, MethodConfig
-from learning.tokenizer import Tokenizer, load_tokenizer, train_wordpiece
+from learning.tokenizer import Tokenizer, load_tokenizer, train_wordpiece, whole_words
 from learning.training import distributed, watchdog
 from learning.training.anomalies import StartOver
 from learning.training.augment import ImageTransform
@@ -224,7 +225,7 @@ class _Training:
             )
 
     def _tokenizer(self) -> Tokenizer:
-        """Upstream's, else the one of vocabulary.path, else trained on this split's texts by rank 0."""
+        """Upstream's, else the one of vocabulary.path, else made of this split's texts by rank 0."""
         if self.upstream is not None:
             return load_tokenizer(self.upstream / "out")
         if self.config.vocabulary.path is not None:
@@ -233,7 +234,8 @@ class _Training:
         problem: str | None = None
         if distributed.rank() == 0 and not directory.is_dir():
             try:
-                made = train_wordpiece(self._all_texts(), self.config.vocabulary.size)
+                make = whole_words if self.config.vocabulary.kind == "words" else train_wordpiece
+                made = make(self._all_texts(), self.config.vocabulary.size)
                 temporary = directory.with_suffix(".tmp")
                 shutil.rmtree(temporary, ignore_errors=True)
                 made.save(temporary)
@@ -259,6 +261,7 @@ class _Training:
     def _method(self) -> Method:
         torch.manual_seed(self.seed)  # the same start on every rank
         method = methods.build(self.model_config, tuple(self.config.losses), self.tokenizer.vocabulary_size)
+        load_word_vectors(method, self.tokenizer.vocabulary())
         if self.upstream is not None:
             state = model_files.read_weights(self.upstream)
             load_upstream(method, state, self.config.new_parts, self.config.dropped_parts, self.upstream)

@@ -1,11 +1,12 @@
 """Pooling of tokens to one vector (COOKIE, Eq. 4): max, mean, or GPO; padding never counts."""
 
-import math
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+
+from learning.encoders.positions import sinusoids
 
 Pooling = Literal["max", "mean", "gpo"]
 
@@ -73,7 +74,7 @@ class GeneralizedPooling(nn.Module):
     def weights(self, counts: Int64[Tensor, " k"], like: Tensor) -> Float[Tensor, "k n"]:
         """The weights by rank for each number of tokens (1 or more); 0 beyond it. n is the largest count."""
         longest = int(counts.max())
-        encoding_nr = _rank_encoding(longest, self.ranks).to(like.device, self.score.weight.dtype)
+        encoding_nr = sinusoids(longest, self.ranks).to(like.device, self.score.weight.dtype)
         packed = nn.utils.rnn.pack_padded_sequence(
             encoding_nr.expand(len(counts), -1, -1), counts, batch_first=True, enforce_sorted=False
         )
@@ -82,13 +83,6 @@ class GeneralizedPooling(nn.Module):
         score_kn = self.score((forwards + backwards) / 2).squeeze(-1) / self.SHARPNESS
         beyond_kn = torch.arange(longest) >= counts[:, None]
         return score_kn.masked_fill(beyond_kn.to(like.device), -torch.inf).softmax(dim=1).to(like.dtype)
-
-
-def _rank_encoding(count: int, size: int) -> Float[Tensor, "n r"]:
-    """Sines and cosines of the rank, in turn (Vaswani et al. 2017, Sec. 3.5)."""
-    place_n1 = torch.arange(count, dtype=torch.float64)[:, None]
-    rate = torch.exp(torch.arange(0, size, 2, dtype=torch.float64) * (-math.log(10000.0) / size))
-    return torch.stack([torch.sin(place_n1 * rate), torch.cos(place_n1 * rate)], dim=-1).flatten(1)
 
 
 def make_pooling(name: Pooling) -> nn.Module:

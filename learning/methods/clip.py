@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from learning.encoders.image_tower import ImageTower
 from learning.encoders.pooling import Pooling, make_pooling
-from learning.encoders.text import TextConfig, TextEncoder
+from learning.encoders.text_towers import TextTower, make_text
 from learning.encoders.towers import VisionTower, make_vision
 from learning.losses.temperature import Temperature, TemperatureConfig
 from learning.methods.base import Batch, ContrastiveMethod, MethodConfig, Terms, Texts, Views
@@ -23,7 +23,7 @@ class Config(MethodConfig):
 
     method: Literal["clip"] = "clip"
     vision: VisionTower
-    text: TextConfig
+    text: TextTower
     dimension: int = Field(default=512, ge=1, description="of the common space")
     # Differs from the paper: CLIP pools by attention or [CLS] and [EOS]; here any tower is pooled by one
     # rule.
@@ -61,7 +61,7 @@ class Clip(ContrastiveMethod):
         super().__init__(losses)
         self.config = config
         self.vision = make_vision(config.vision)
-        self.text = TextEncoder(config.text, vocabulary_size)
+        self.text = make_text(config.text, vocabulary_size)
         self.fusion = nn.ModuleDict(
             {"image": Head(config, self.vision.width), "text": Head(config, self.text.width)}
         )
