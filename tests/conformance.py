@@ -235,12 +235,12 @@ def training(stage: Stage, folder: Path, world_size: int) -> Any:
 
 def begun(method: Method, seed: int = 0) -> Method:
     """Ready to train, no weight as it was initialised: what begins at 0 would hide what lies behind it."""
-    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    method.begin()
     with torch.no_grad():
         for parameter in method.parameters():
             if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    method.begin()
+                parameter += 0.05 * torch.randn(parameter.shape)
     return method.train()
 
 
