@@ -130,7 +130,8 @@ class ConLIP(Method):
 
     def make_heads(self) -> None:
         """As `Method` says: the heads of the token losses, all of their weights random (Sec. 4.1)."""
-        config, made = self.config, {}
+        config = self.config
+        made: dict[str, nn.Module] = {}
         sizes = HeadSizes(
             config.head_layers,
             self.width,
