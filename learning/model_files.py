@@ -2,6 +2,7 @@
 
 `out/` of a training stage holds all that using the model needs, and refers to no other file:
     model.safetensors   the method's state
+    heads.safetensors   what only its losses read (`Method.training_heads`), where it has such heads
     model.json          the model config, the losses, the image and text preparation, a checksum a file
     tokenizer.json, …   what Tokenizer.save writes
 """
@@ -24,11 +25,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from learning import methods
-from learning.methods.base import Method, MethodConfig, Texts
+from learning.methods.base import EmbedsRegions, Method, MethodConfig, Regions, Texts
 from learning.tokenizer import Tokenizer, load_tokenizer
 from learning.training.augment import ImageTransform
+from learning.training.split_regions import cast_regions, check_sizes, reads_regions
 
 WEIGHTS = "model.safetensors"
+HEADS = "heads.safetensors"
 CARD = "model.json"
 FORMAT = 1
 _FIELDS = ("model", "losses", "vocabulary_size", "image", "max_length", "files")
@@ -56,7 +59,12 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
     tensors = _unshared(method.state_dict() if state is None else state)
-    safetensors.torch.save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    model = without_heads(method, tensors)
+    heads = {name: tensor for name, tensor in tensors.items() if name not in model}
+    safetensors.torch.save_file(model, directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / HEADS).unlink(missing_ok=True)
+    if heads:
+        safetensors.torch.save_file(heads, directory / HEADS, metadata={"format": "pt"})
     files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != CARD)
     card = {
         "format": FORMAT,
@@ -92,11 +100,33 @@ class RetrievalModel:
     device: torch.device
 
     def embed_images(self, images: Sequence[Image.Image], batch: int = 64) -> Float32[np.ndarray, "n d"]:
-        """Unit-length embeddings of pictures of any mode; transparent parts are put on white."""
+        """Unit-length embeddings of pictures of any mode; transparent parts are put on white.
+
+        Raises ValueError for a model that reads regions.
+        """
+        if reads_regions(self.method):
+            raise ValueError(
+                "this model reads regions of pictures, not their pixels; use embed_regions, with regions "
+                "made as in training (a regions stage)"
+            )
         rows = []
         for start in range(0, len(images), batch):
             pixels = torch.stack([self.transform.plain(as_rgb(i)) for i in images[start : start + batch]])
-            rows.append(self._embed(self.method.embed_images, pixels))
+            rows.append(self._embed(self.method.embed_images, pixels.to(self.device)))
+        return self._joined(rows)
+
+    def embed_regions(self, regions: Regions, batch: int = 64) -> Float32[np.ndarray, "n d"]:
+        """Unit-length embeddings of pictures by their regions, of a model that reads these.
+
+        Raises ValueError for a model of pictures, and for another number of regions or numbers a region.
+        """
+        if not (reads_regions(self.method) and isinstance(self.method, EmbedsRegions)):
+            raise ValueError("this model reads pictures, not regions; use embed_images")
+        check_sizes(self.method, regions.features.shape[1], regions.features.shape[2], "these regions")
+        rows = []
+        for start in range(0, len(regions), batch):
+            part = regions.each(lambda x, start=start: x[start : start + batch].to(self.device))  # type: ignore[misc]
+            rows.append(self._embed(self.method.embed_regions, cast_regions(part, torch.float32)))
         return self._joined(rows)
 
     def embed_texts(self, texts: Sequence[str], batch: int = 256) -> Float32[np.ndarray, "n d"]:
@@ -106,27 +136,31 @@ class RetrievalModel:
         rows = []
         for start in range(0, len(texts), batch):
             tokens = self.tokenizer.encode(list(texts[start : start + batch]), self.max_length)
-            rows.append(self._embed(self.method.embed_texts, tokens))
+            rows.append(self._embed(self.method.embed_texts, tokens.to(self.device)))
         return self._joined(rows)
 
     @torch.inference_mode()
-    def _embed(self, embed: Any, inputs: Tensor | Texts) -> np.ndarray:
-        embedded = embed(inputs.to(self.device)).float()
+    def _embed(self, embed: Any, inputs: Tensor | Texts | Regions) -> np.ndarray:
+        embedded = embed(inputs).float()
         return torch.nn.functional.normalize(embedded, dim=-1).cpu().numpy()
 
     def _joined(self, rows: list[np.ndarray]) -> np.ndarray:
         if rows:
             return np.concatenate(rows)
         # the dimension is the model's secret: one text tells it
-        dimension = self._embed(self.method.embed_texts, self.tokenizer.encode(["a"], self.max_length)).shape[
-            1
-        ]
-        return np.zeros((0, dimension), dtype=np.float32)
+        token = self.tokenizer.encode(["a"], self.max_length).to(self.device)
+        return np.zeros((0, self._embed(self.method.embed_texts, token).shape[1]), dtype=np.float32)
 
 
-def load(directory: Path, device: str = "cpu") -> RetrievalModel:
+def without_heads(method: Method, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state of `method` without its training heads: what the model itself is."""
+    return {name: value for name, value in state.items() if not name.startswith(method.training_heads)}
+
+
+def load(directory: Path, device: str = "cpu", heads: bool = False) -> RetrievalModel:
     """The model of a training stage's directory, or of its `out/`, in evaluation mode.
 
+    `heads`: with its training heads, where there are any.
     Raises ValueError, naming the file and what to do, when it is no training stage's directory, when the
     stage is not done, or when a file is missing or damaged.
     """
@@ -138,8 +172,10 @@ def load(directory: Path, device: str = "cpu") -> RetrievalModel:
     losses = tuple(card["losses"])
     with torch.random.fork_rng(devices=[]):  # building a model draws numbers; loading one must not
         method = methods.build(config, losses, int(card["vocabulary_size"]))
+        if heads:
+            method.make_heads()
     try:
-        method.load_state_dict(_read(out / WEIGHTS), strict=True)
+        method.load_state_dict(_read(out / WEIGHTS) | (_read_heads(out) if heads else {}), strict=True)
     except RuntimeError as error:
         raise ValueError(f"{out / WEIGHTS}: does not fit the model of {CARD}: {error}") from error
     method.eval().requires_grad_(False)
@@ -159,6 +195,15 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     """The state dict in a training stage's directory (or its `out/`), on the CPU; errors as in `load`."""
     out, _ = _open(Path(directory))
     return _read(out / WEIGHTS)
+
+
+def read_heads(directory: Path) -> dict[str, Tensor]:
+    """The training heads beside the model, as `read_weights`; empty where there are none."""
+    return _read_heads(_open(Path(directory))[0])
+
+
+def _read_heads(out: Path) -> dict[str, Tensor]:
+    return _read(out / HEADS) if (out / HEADS).exists() else {}
 
 
 def read_card(directory: Path) -> dict[str, Any]:

@@ -28,10 +28,11 @@ from learning.training.engine import Engine
 from learning.training.loader import Batches
 from learning.training.loop import fit
 from learning.training.plan import Outcome, Plan
+from learning.training.split_regions import SplitRegions
 from learning.training.tower_tokens import TowerTokens, identity
 from learning.training.watchdog import FIRST_STEP_FACTOR, Watchdog
 from stages.base import Job, Report, StageError, Stopped, Task
-from stages.judged import judge
+from stages.judged import judge, open_regions
 from stages.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class _Training:
         self.tokenizer = self._tokenizer()
         self.transform, self.max_length = preparation(self.model_config)
         self.method = self._method()
+        self.regions = open_regions(job.inputs, self.method)
         self.batches = Batches(
             self.index,
             self.tokenizer,
@@ -100,16 +102,21 @@ class _Training:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             tower=self._tower(),
+            regions=None if self.regions is None else SplitRegions(self.regions, self.index),
         )
         self.validated: tuple[ShardIndex, Method] | None = None
         if config.validation is not None:
             plain = copy.deepcopy(self.method)  # before DeepSpeed takes the parameters over
             held_out = config.data.open(corpus, config.validation.split, job.recipe_directory)
+            if self.regions is not None:
+                SplitRegions(self.regions, held_out).check(0)  # now, not after the first epoch
             self.validated = (held_out, plain)
 
     def run(self, again: StartOver | None) -> Report:
         config, job = self.config, self.job
         self.method.begin()
+        if self.upstream is not None:
+            load_heads(self.method, model_files.read_heads(self.upstream), self.upstream)
         sizes = {part: sum(p.numel() for p in own) for part, own in self.method.parts().items()}
         held = read_deepspeed_config(job.recipe_directory / config.deepspeed)
         if config.activation_checkpointing:
@@ -266,7 +273,7 @@ class _Training:
         assert self.validated is not None
         assert self.config.validation is not None
         index, plain = self.validated
-        plain.load_state_dict(state)
+        plain.load_state_dict(model_files.without_heads(plain, state))
         judged = judge(
             self.config.validation,
             plain.to(distributed.device()),
@@ -277,6 +284,7 @@ class _Training:
             device=distributed.device(),
             max_length=self.max_length,
             max_pixels=self.config.data.max_pixels,
+            regions=self.regions,
         )
         return {f"val/{name}": value for name, value in judged.metrics.items()}
 
@@ -387,6 +395,28 @@ def load_upstream(
     if problems:
         raise ValueError(f"inputs.weights: {source} does not fit this model; {'; '.join(problems)}")
     method.load_state_dict({name: state.get(name, value) for name, value in own.items()})
+
+
+def load_heads(method: Method, heads: Mapping[str, Tensor], source: Path) -> None:
+    """Go on with upstream's training heads, those of them that `method` has; others start from scratch.
+
+    Raises ValueError for heads of other sizes.
+    """
+    own = method.state_dict()
+    found = {name: value for name, value in heads.items() if name in own}
+    shapes = [
+        f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
+        for name, value in found.items()
+        if value.shape != own[name].shape
+    ]
+    if shapes:
+        raise ValueError(
+            f"inputs.weights: {source}: {model_files.HEADS} does not fit this model; of another shape: "
+            f"{', '.join(shapes)}"
+        )
+    if found:
+        logger.info("the training heads go on from %s: %d tensors", source, len(found))
+    method.load_state_dict(found, strict=False)
 
 
 def absolute_weights(values: Mapping[str, Any], directory: Path) -> dict[str, Any]:
