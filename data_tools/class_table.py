@@ -55,8 +55,8 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
                     yield from batch.to_pylist()
             return
         with path.open(encoding="utf-8", newline="") as text:
-            quoting = csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
-            reader = csv.DictReader(text, delimiter=_SEPARATORS[path.suffix], quoting=quoting)
+            how: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+            reader = csv.DictReader(text, delimiter=_SEPARATORS[path.suffix], **how)
             _check(path, reader.fieldnames or (), columns)
             for row in reader:
                 if None in row or None in row.values():

@@ -2,6 +2,7 @@
 
 `out/` of a training stage holds all that using the model needs, and refers to no other file:
     model.safetensors   the method's state
+    heads.safetensors   what only its losses read (`Method.training_heads`), where it has such heads
     model.json          the model config, the losses, the image and text preparation, a checksum a file
     tokenizer.json, …   what Tokenizer.save writes
 """
@@ -30,6 +31,7 @@ from learning.training.augment import ImageTransform
 from learning.training.split_regions import cast_regions, check_sizes, reads_regions
 
 WEIGHTS = "model.safetensors"
+HEADS = "heads.safetensors"
 CARD = "model.json"
 FORMAT = 1
 _FIELDS = ("model", "losses", "vocabulary_size", "image", "max_length", "files")
@@ -57,7 +59,12 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
     tensors = _unshared(method.state_dict() if state is None else state)
-    safetensors.torch.save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    model = without_heads(method, tensors)
+    heads = {name: tensor for name, tensor in tensors.items() if name not in model}
+    safetensors.torch.save_file(model, directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / HEADS).unlink(missing_ok=True)
+    if heads:
+        safetensors.torch.save_file(heads, directory / HEADS, metadata={"format": "pt"})
     files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != CARD)
     card = {
         "format": FORMAT,
@@ -145,9 +152,15 @@ class RetrievalModel:
         return np.zeros((0, self._embed(self.method.embed_texts, token).shape[1]), dtype=np.float32)
 
 
-def load(directory: Path, device: str = "cpu") -> RetrievalModel:
+def without_heads(method: Method, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state of `method` without its training heads: what the model itself is."""
+    return {name: value for name, value in state.items() if not name.startswith(method.training_heads)}
+
+
+def load(directory: Path, device: str = "cpu", heads: bool = False) -> RetrievalModel:
     """The model of a training stage's directory, or of its `out/`, in evaluation mode.
 
+    `heads`: with its training heads, where there are any.
     Raises ValueError, naming the file and what to do, when it is no training stage's directory, when the
     stage is not done, or when a file is missing or damaged.
     """
@@ -159,8 +172,10 @@ def load(directory: Path, device: str = "cpu") -> RetrievalModel:
     losses = tuple(card["losses"])
     with torch.random.fork_rng(devices=[]):  # building a model draws numbers; loading one must not
         method = methods.build(config, losses, int(card["vocabulary_size"]))
+        if heads:
+            method.make_heads()
     try:
-        method.load_state_dict(_read(out / WEIGHTS), strict=True)
+        method.load_state_dict(_read(out / WEIGHTS) | (_read_heads(out) if heads else {}), strict=True)
     except RuntimeError as error:
         raise ValueError(f"{out / WEIGHTS}: does not fit the model of {CARD}: {error}") from error
     method.eval().requires_grad_(False)
@@ -180,6 +195,15 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     """The state dict in a training stage's directory (or its `out/`), on the CPU; errors as in `load`."""
     out, _ = _open(Path(directory))
     return _read(out / WEIGHTS)
+
+
+def read_heads(directory: Path) -> dict[str, Tensor]:
+    """The training heads beside the model, as `read_weights`; empty where there are none."""
+    return _read_heads(_open(Path(directory))[0])
+
+
+def _read_heads(out: Path) -> dict[str, Tensor]:
+    return _read(out / HEADS) if (out / HEADS).exists() else {}
 
 
 def read_card(directory: Path) -> dict[str, Any]:

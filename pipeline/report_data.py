@@ -80,6 +80,23 @@ class AttentionSection:
 
 
 @dataclass(frozen=True)
+class ClsAttentionRow:
+    """How tokens of one side attend to the other's [CLS]."""
+
+    gallery: str
+    way: str
+    mean: float
+    std: float
+    bars: list[Bar]  # up to the last part of 0 … 1 that has a score
+
+
+@dataclass(frozen=True)
+class ClsAttentionSection:
+    stage: StageRun
+    rows: list[ClsAttentionRow]
+
+
+@dataclass(frozen=True)
 class RecallRow:
     """A gallery's line of the recall table: (value, chance) a recall, in percent; None if missing."""
 
@@ -375,6 +392,27 @@ def attention_section(stage: StageRun) -> AttentionSection | None:
         for drawn in shown["maps"]
     ]
     return AttentionSection(stage, shown["gallery"], maps)
+
+
+def cls_attention_section(stage: StageRun) -> ClsAttentionSection | None:
+    """The scores of cls_attention.json; None where the stage is not done or measured none."""
+    path = stage.directory / "out" / "cls_attention.json"
+    if stage.done is None or not path.exists():
+        return None
+    rows = []
+    for gallery, ways in _json(path).items():
+        for way, found in ways.items():
+            counts, total = found["counts"], max(1, sum(found["counts"]))
+            edges = [number / len(counts) for number in range(len(counts) + 1)]
+            bars = [
+                Bar(f"{low:.2f} – {high:.2f}", count, count / total)
+                for low, high, count in zip(edges, edges[1:], counts, strict=False)
+            ]
+            while len(bars) > 1 and not bars[-1].count:
+                bars.pop()
+            name = way.replace("_to_", " → ") + " [CLS]"
+            rows.append(ClsAttentionRow(gallery, name, found["mean"], found["std"], bars))
+    return ClsAttentionSection(stage, rows)
 
 
 def _data_uri(out: Path, relative: str, listed: str = "examples.json") -> str:

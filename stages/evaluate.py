@@ -4,6 +4,7 @@ Nothing here goes back into training: a test split never picks the model.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,10 +13,12 @@ from pydantic import Field, model_validator
 from data_tools.corpus_source import CorpusSource
 from data_tools.shards import CorpusError, ShardIndex
 from learning import model_files
+from learning.evaluation.cls_attention import ClsAttention, cls_attention
 from learning.evaluation.label_retrieval import EVERY_LABEL, LabelOutcome
 from learning.evaluation.matching import Matched
 from learning.evaluation.pairs import check_ranks_pairs
 from learning.evaluation.validate import Outcome
+from learning.model_files import RetrievalModel
 from learning.training import distributed
 from learning.training.split_regions import SplitRegions
 from stages.attention import AttentionMapsConfig, write_attention_maps
@@ -23,6 +26,7 @@ from stages.base import Job, Report, StageConfig, StageError, Stopped
 from stages.evaluation_examples import Shown, label_examples, matching_examples, retrieval_examples
 from stages.judged import Judged, judge, open_regions
 
+CLS_ATTENTION = "cls_attention.json"
 # counts of a gallery, not metrics
 SIZES = ("images", "texts", "positives", "negatives", "labels", "unlabelled", "i2t_left_out", "t2i_left_out")
 
@@ -34,6 +38,19 @@ class GalleryConfig(Judged):
     folds: int = Field(
         default=1, ge=1, description="metrics are means over parts; COCO 1K: 5 folds of 5,000 images"
     )
+    cls_attention: bool = Field(
+        default=False,
+        description="measure how tokens attend to the other side's [CLS] in the heads of a pre-training "
+        "stage's weights (ConLIP, Table 2)",
+    )
+
+    @model_validator(mode="after")
+    def _attends_in_pairs(self) -> "GalleryConfig":
+        if self.cls_attention and self.task == "matching":
+            raise ValueError(
+                "cls_attention: is of images and their own texts; leave it out, or task: matching"
+            )
+        return self
 
 
 class Config(StageConfig):
@@ -112,7 +129,8 @@ def run(config: Config, job: Job) -> Report:
 
 
 def _run(config: Config, job: Job, device: str) -> Report:
-    model = model_files.load(job.inputs["weights"], device)
+    attends = any(gallery.cls_attention for gallery in config.galleries)
+    model = model_files.load(job.inputs["weights"], device, heads=attends)
     made_here = job.inputs["corpus"] / "out" if "corpus" in job.inputs else None
     corpus = config.data.place(made_here, job.recipe_directory)
     indices = {
@@ -130,6 +148,7 @@ def _run(config: Config, job: Job, device: str) -> Report:
     metrics: dict[str, float] = {}
     counts: dict[str, int] = {}
     examples: dict[str, Any] = {}
+    attention: dict[str, dict[str, ClsAttention]] = {}
     for gallery in config.galleries:
         if distributed.all_reduce_max(job.should_stop()):
             raise Stopped("evaluate: stopped between galleries")
@@ -155,12 +174,21 @@ def _run(config: Config, job: Job, device: str) -> Report:
         found = dict(outcome.metrics)
         sizes = [name for name in SIZES if name in found]
         counts |= {f"{gallery.name}_{name}": int(found.pop(name)) for name in sizes}
+        if gallery.cls_attention:
+            attention[gallery.name] = _cls_attention(config, job, gallery, model, index)
+            for way, each in attention[gallery.name].items():
+                found |= {f"attention_{way}_cls": each.mean, f"attention_{way}_cls_std": each.std}
         metrics |= {f"eval/{gallery.name}/{name}": value for name, value in found.items()}
         if distributed.rank() == 0:
             examples[gallery.name] = _examples(config, job, gallery, index, outcome)
     if distributed.rank() == 0:
         _write(job.out / "metrics.json", {"metrics": metrics, "counts": counts})
         _write(job.out / "examples.json", examples)
+        if attention:
+            _write(
+                job.out / CLS_ATTENTION,
+                {g: {w: asdict(a) for w, a in found.items()} for g, found in attention.items()},
+            )
     distributed.barrier()
     return Report(counts, metrics)
 
@@ -170,6 +198,28 @@ def _check_regions(gallery: str, regions: SplitRegions) -> None:
         regions.check(0)
     except ValueError as error:
         raise StageError(f"galleries.{gallery}: {error}") from error
+
+
+def _cls_attention(
+    config: Config, job: Job, gallery: GalleryConfig, model: RetrievalModel, index: ShardIndex
+) -> dict[str, ClsAttention]:
+    with job.progress.task(f"attention to [CLS] {gallery.name}", len(index)) as task:
+        try:
+            return cls_attention(
+                model.method,
+                model.tokenizer,
+                model.transform,
+                index,
+                gallery.texts,
+                seed=job.seed,
+                batch=config.batch,
+                device=model.device,
+                max_length=model.max_length,
+                max_pixels=config.max_pixels,
+                advance=task.advance,
+            )
+        except ValueError as error:
+            raise StageError(f"galleries.{gallery.name}.cls_attention: {error}") from error
 
 
 def _check_method(config: Config, method: type) -> None:

@@ -63,7 +63,7 @@ class FilesSource(Frozen):
 
     kind: Literal["files"] = Field(alias="from")
     layout: Literal["npy", "tsv", "hdf5"]
-    parts: tuple[PartConfig, ...] = Field(min_length=1, description="all splits together")
+    parts: list[PartConfig] = Field(min_length=1, description="all splits together")
     regions: int = Field(default=36, ge=1, description="of each picture; one with fewer counts as missing")
     positions: Literal["boxes", "none"] = Field(
         default="boxes", description="none: for files without boxes, each region lies anywhere in the picture"
@@ -177,7 +177,8 @@ class _FromPictures:
     def __init__(self, model: RegionDetector | RegionGrid, index: ShardIndex, max_pixels: int):
         self.model, self.index, self.max_pixels = model, index, max_pixels
         self.regions, self.width = model.regions, model.width
-        self.class_count, self.class_names = model.class_count, model.class_names
+        self.class_count: int | None = model.class_count
+        self.class_names: list[str] | None = model.class_names
 
     def absent(self) -> list[int]:
         return []

@@ -115,6 +115,8 @@ class _Training:
     def run(self, again: StartOver | None) -> Report:
         config, job = self.config, self.job
         self.method.begin()
+        if self.upstream is not None:
+            load_heads(self.method, model_files.read_heads(self.upstream), self.upstream)
         sizes = {part: sum(p.numel() for p in own) for part, own in self.method.parts().items()}
         held = read_deepspeed_config(job.recipe_directory / config.deepspeed)
         if config.activation_checkpointing:
@@ -271,7 +273,7 @@ class _Training:
         assert self.validated is not None
         assert self.config.validation is not None
         index, plain = self.validated
-        plain.load_state_dict(state)
+        plain.load_state_dict(model_files.without_heads(plain, state))
         judged = judge(
             self.config.validation,
             plain.to(distributed.device()),
@@ -393,6 +395,28 @@ def load_upstream(
     if problems:
         raise ValueError(f"inputs.weights: {source} does not fit this model; {'; '.join(problems)}")
     method.load_state_dict({name: state.get(name, value) for name, value in own.items()})
+
+
+def load_heads(method: Method, heads: Mapping[str, Tensor], source: Path) -> None:
+    """Go on with upstream's training heads, those of them that `method` has; others start from scratch.
+
+    Raises ValueError for heads of other sizes.
+    """
+    own = method.state_dict()
+    found = {name: value for name, value in heads.items() if name in own}
+    shapes = [
+        f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
+        for name, value in found.items()
+        if value.shape != own[name].shape
+    ]
+    if shapes:
+        raise ValueError(
+            f"inputs.weights: {source}: {model_files.HEADS} does not fit this model; of another shape: "
+            f"{', '.join(shapes)}"
+        )
+    if found:
+        logger.info("the training heads go on from %s: %d tensors", source, len(found))
+    method.load_state_dict(found, strict=False)
 
 
 def absolute_weights(values: Mapping[str, Any], directory: Path) -> dict[str, Any]:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from data_tools.regions import store as store_format
 from data_tools.regions.store import RegionStore
 from data_tools.shards import ShardIndex
+from learning.methods import base
 from learning.methods.base import LabelSet, Views
 from learning.tokenizer import Tokenizer, train_wordpiece
 from learning.training.augment import ImageTransform
@@ -161,6 +163,10 @@ def test_what_does_not_go_together_is_refused(
     nothing = Views({}, {"text": "plain"}, label_sets={"topic": LabelSet(("classes",), ("red",))})
     made(corpus, tokenizer, None, nothing)
     assert "label set 'topic': none of the first 21 samples has one of its 1 names" in caplog.text
+
+
+def test_an_unknown_class_has_one_number_on_disk_and_in_a_batch() -> None:
+    assert store_format.NO_CLASS == base.NO_CLASS
 
 
 def test_no_regions_are_read_by_a_method_that_asks_for_none(

@@ -1,6 +1,6 @@
 """The vision tower of CLIP (Radford et al. 2021): transformers' ViT, [CLS] and patches, all normalised."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from learning.encoders.image_tower import ImageTower
+from learning.encoders.image_tower import ImageTower, PatchGrid
 from learning.encoders.local_model import check_sizes, read_config, resolve_sizes, weights_file
 from learning.encoders.weights import load_by_name, read_weights
 
@@ -142,6 +142,18 @@ class ClipVisionEncoder(ImageTower):
             else:
                 found[name] = self.config.layers if name.startswith("backbone.post_layernorm.") else 0
         return found
+
+    def patch_grid(self) -> PatchGrid:
+        px = self.config.patch_px
+        return PatchGrid(1, True, self.config.image_px // px, px)
+
+    def _patch_embedding(self) -> nn.Module:
+        backbone: Any = self.backbone
+        return backbone.embeddings.patch_embedding
+
+    def _changed(self, found: Tensor, hide: Callable[[Tensor], Tensor]) -> Tensor:
+        """Of a convolution's output, (b, v, side, side)."""
+        return hide(found.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(found.shape)
 
     def fitted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """With the table of positions interpolated to this tower's patches."""

@@ -104,12 +104,19 @@ class CrossLayer(nn.Module):
 class CrossEncoder(Layered):
     """`layers` cross layers in turn (R2D2, Sec. 3.1: six). No token attends to padding of either side."""
 
-    def __init__(self, layers: int, width: int, heads: int, intermediate: int, dropout: float):
-        """Raises ValueError when `heads` does not divide `width`."""
+    def __init__(
+        self, layers: int, width: int, heads: int, intermediate: int, dropout: float, shared: bool = False
+    ):
+        """`shared`: all layers have the same weights (ConLIP, Table 4: 2*).
+
+        Raises ValueError when `heads` does not divide `width`.
+        """
         super().__init__()
         if width % heads:
             raise ValueError(f"model.cross_heads: {heads} does not divide model.dimension, {width}")
-        self.layers = nn.ModuleList(CrossLayer(width, heads, intermediate, dropout) for _ in range(layers))
+        own = min(1, layers) if shared else layers
+        self.layers = nn.ModuleList(CrossLayer(width, heads, intermediate, dropout) for _ in range(own))
+        self._order = [0 if shared else number for number in range(layers)]
 
     def forward(
         self,
@@ -124,7 +131,7 @@ class CrossEncoder(Layered):
         `first`: so many tokens come out, from [CLS] on, and the last layer computes no other; None: all.
         """
         keep_x, keep_other = _keep(x_mask_bn), _keep(other_mask_bk)
-        *before, last = self.layers
+        *before, last = self._in_turn()
         for layer in before:
             x_bnd = layer(x_bnd, keep_x, other_bkd, keep_other)
         return last(x_bnd, keep_x, other_bkd, keep_other, first)
@@ -138,15 +145,18 @@ class CrossEncoder(Layered):
         layer: int,
     ) -> Float[Tensor, "b heads n k"]:
         """The weights of cross-attention in a layer, from 1. Raises ValueError for one it has not."""
-        if not 1 <= layer <= len(self.layers):
-            raise ValueError(f"layer: {layer}; this cross encoder has the layers 1 … {len(self.layers)}")
+        if not 1 <= layer <= len(self._order):
+            raise ValueError(f"layer: {layer}; this cross encoder has the layers 1 … {len(self._order)}")
         keep_x, keep_other = _keep(x_mask_bn), _keep(other_mask_bk)
-        *before, last = list(self.layers)[:layer]
+        *before, last = self._in_turn()[:layer]
         for each in before:
             x_bnd = each(x_bnd, keep_x, other_bkd, keep_other)
         asked: CrossLayer = last  # type: ignore[assignment]
         x_bnd = asked.attended_to_itself(x_bnd, keep_x)
         return asked.cross_attention.weights(x_bnd, other_bkd, keep_other)
+
+    def _in_turn(self) -> list[nn.Module]:
+        return [self.layers[number] for number in self._order]
 
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)

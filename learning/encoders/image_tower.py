@@ -1,10 +1,10 @@
 """What every image tower is: images in, tokens of a known number and width out; at rest where frozen."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -41,6 +41,16 @@ class ImageTowerConfig(Protocol):
         ...
 
 
+class PatchGrid(NamedTuple):
+    """How the tokens of a ViT lie: those before the patches ([CLS], registers), then `side` × `side` patches,
+    row by row."""
+
+    before: int
+    has_cls: bool  # then it is the first token
+    side: int
+    px: int  # side of a patch, pixels
+
+
 class ImageTower(Layered):
     """(b, 3, h, w) images to (b, `tokens`, `width`) tokens by `backbone`, which may be frozen.
 
@@ -57,15 +67,23 @@ class ImageTower(Layered):
     def _encode(self, images: Tensor) -> Tensor:
         """The tokens of images in the weights' dtype."""
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n v"]:
-        """The tokens. Raises ValueError for images whose sides are not `image_px`: `tokens` says how many."""
+    def forward(
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        hide: Callable[[Float[Tensor, "b p v"]], Float[Tensor, "b p v"]] | None = None,
+    ) -> Float[Tensor, "b n v"]:
+        """The tokens. Raises ValueError for images whose sides are not `image_px`: `tokens` says how many.
+
+        `hide`: what is made of the embeddings of the patches before they get their positions, for masked
+        image modelling (SimMIM, Xie et al. 2022, Sec. 3.2). Raises ValueError for it where there are none.
+        """
         side = self.config.image_px
         if images.shape[-1] != side or images.shape[-2] != side:
             raise ValueError(
                 f"images of {images.shape[-2]}x{images.shape[-1]} px; model.vision.image_px is {side}"
             )
         learns = any(parameter.requires_grad for parameter in self.backbone.parameters())
-        with nullcontext() if learns else torch.no_grad():
+        with nullcontext() if learns else torch.no_grad(), self._hidden(hide):
             return self._encode(images.to(_dtype(self.backbone)))
 
     def train(self, mode: bool = True) -> "ImageTower":
@@ -74,6 +92,36 @@ class ImageTower(Layered):
         if not self.config.trainable:
             self.backbone.eval()
         return self
+
+    def patch_grid(self) -> PatchGrid:
+        """How the tokens lie. Raises ValueError for a tower that does not embed patches one by one."""
+        raise ValueError(f"model.vision: a {type(self).__name__} has no patches; choose a ViT")
+
+    def _patch_embedding(self) -> nn.Module:
+        """What gives the patches' embeddings, (b, p, v) or (b, side, side, v); only with a `patch_grid`."""
+        raise NotImplementedError
+
+    def _changed(self, found: Tensor, hide: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `hide` makes of what `_patch_embedding` gives, in the same layout."""
+        return hide(found.flatten(1, -2)).view_as(found)
+
+    @contextmanager
+    def _hidden(self, hide: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+        """Inside, `hide` changes the patches' embeddings.
+
+        By a hook, so that the backbone's own forward runs: under ZeRO-3 it gathers [CLS] and positions.
+        """
+        if hide is None:
+            yield
+            return
+        self.patch_grid()
+        hook = self._patch_embedding().register_forward_hook(
+            lambda _module, _inputs, found: self._changed(found, hide)
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def fitted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state of the same tower at another `image_px`, made for this one where that can be done."""

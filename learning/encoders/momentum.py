@@ -105,6 +105,17 @@ class FeatureQueue(WideState):
         self.weights[slots] = 1.0
         self.pointer.add_(len(ids_n)).remainder_(self.size)
 
+    @torch.no_grad()
+    def pushed(self, features_nd: Float[Tensor, "n d"], ids_n: Int64[Tensor, " n"]) -> Queue:
+        """What the content would be after `push`; the queue stays as it is."""
+        features_nd, ids_n = features_nd[-self.size :], ids_n[-self.size :]
+        slots = (self.pointer + torch.arange(len(ids_n), device=ids_n.device)) % self.size
+        return Queue(
+            self.features.index_copy(0, slots, features_nd.to(self.features.dtype)),
+            self.ids.index_copy(0, slots, ids_n),
+            (self.weights * self.decay).index_fill(0, slots, 1.0),
+        )
+
 
 class Centre(WideState):
     """A running mean of features: μ ← m μ + (1 - m) · the batch's mean, from 0 on (R2D2, Eq. 6)."""

@@ -50,7 +50,7 @@ class RegionGrid:
         self.transform = ImageTransform(config.image_px, config.mean, config.std)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model: Any = _model(config).eval().requires_grad_(False).to(device)
+            self.model = _model(config).eval().requires_grad_(False).to(device)
         self.device = device
         side = config.image_px
         probe = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
@@ -102,7 +102,7 @@ class RegionGrid:
         return self.cells(probe)
 
 
-def _model(config: GridConfig) -> nn.Module:
+def _model(config: GridConfig) -> Any:
     import timm  # seconds of imports, which a plan need not wait for
 
     if not timm.is_model(config.name):

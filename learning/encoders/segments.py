@@ -39,19 +39,26 @@ class SegmentEmbedding(nn.Module):
         self,
         segments_bnw: Float[Tensor, "b n w"],
         positions: Float[Tensor, "*b n p"] | None = None,
-        masked_bn: Bool[Tensor, "b n"] | None = None,
-    ) -> Float[Tensor, "b n d"]:
-        """`positions`: of all samples, or of each; `masked_bn`: True where [MASK] stands in."""
+        masked_cn: Bool[Tensor, "c n"] | None = None,
+    ) -> Float[Tensor, "c n d"]:
+        """`positions`: of all samples, or of each. `masked_cn`: True where [MASK] stands in.
+
+        c is b; or a multiple of it, where the samples are read several times, masked in as many ways.
+        """
         dtype = self.segment_fc.weight.dtype
-        segments_bnw = F.dropout(segments_bnw.to(dtype), self.dropout, self.training)
-        if masked_bn is not None:
+        e_bnd = self.segment_fc(F.dropout(segments_bnw.to(dtype), self.dropout, self.training))
+        copies = [e_bnd]
+        if masked_cn is not None:
             assert self.mask_vector is not None
-            segments_bnw = torch.where(masked_bn[..., None], self.mask_vector, segments_bnw)
-        e_bnd = self.segment_fc(segments_bnw)
+            mask_d = self.segment_fc(self.mask_vector)
+            copies = [
+                torch.where(part_bn[..., None], mask_d, e_bnd) for part_bn in masked_cn.split(len(e_bnd))
+            ]
         if self.position_fc is not None:
             assert positions is not None
-            e_bnd = e_bnd + self.position_fc(positions.to(dtype))
-        return self.activation(self.mixed_fc(e_bnd))
+            place = self.position_fc(positions.to(dtype))
+            copies = [copy + place for copy in copies]
+        return self.activation(self.mixed_fc(copies[0] if len(copies) == 1 else torch.cat(copies)))
 
 
 def grid_side(tokens: int) -> tuple[int, int]:

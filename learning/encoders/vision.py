@@ -2,21 +2,48 @@
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from learning.encoders.batch_norm import make_global
-from learning.encoders.image_tower import ImageTower
+from learning.encoders.image_tower import ImageTower, PatchGrid
 from learning.encoders.weights import load_by_name, load_by_order, read_weights
 
 BatchNorm = Literal["local", "global", "frozen"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class VitSizes(BaseModel):
+    """Other sizes of a timm ViT than those of its name, for one from scratch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    patch_px: int = Field(ge=1, description="side of a patch, pixels; divides image_px")
+    layers: int = Field(ge=1)
+    width: int = Field(ge=1)
+    heads: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "VitSizes":
+        if self.width % self.heads:
+            raise ValueError(f"heads: {self.heads} does not divide width, {self.width}")
+        return self
+
+    def options(self) -> dict[str, int]:
+        """By timm's names."""
+        return {
+            "patch_size": self.patch_px,
+            "depth": self.layers,
+            "embed_dim": self.width,
+            "num_heads": self.heads,
+        }
 
 
 class VisionConfig(BaseModel):
@@ -58,6 +85,9 @@ class VisionConfig(BaseModel):
     )
     grid: int | None = Field(
         default=None, ge=1, description="tokens a side: a CNN's maps are averaged to it; null: the map's own"
+    )
+    vit: VitSizes | None = Field(
+        default=None, description="other sizes of a ViT, from scratch; null: those of its name"
     )
 
 
@@ -128,6 +158,51 @@ class VisionEncoder(ImageTower):
         layers = group_parameters(self.backbone, self._matcher(), reverse=True)
         return {f"backbone.{name}": layer for name, layer in layers.items()}
 
+    def patch_grid(self) -> PatchGrid:
+        """Raises ValueError for a backbone that keeps no token for each of its patches."""
+        backbone: Any = self.backbone
+        side, rest = divmod(self.config.image_px, self._patch_px() or self.config.image_px + 1)
+        before = getattr(backbone, "num_prefix_tokens", None)
+        if before is None or rest or self.tokens != before + side**2:
+            raise ValueError(
+                f"model.vision.name: {self.config.name} keeps no token for each of its patches; choose a "
+                "ViT, say vit_base_patch16_224"
+            )
+        return PatchGrid(
+            before, getattr(backbone, "cls_token", None) is not None, side, self.config.image_px // side
+        )
+
+    def _patch_px(self) -> int | None:
+        """Side of a patch of a ViT with square ones, pixels."""
+        sides = getattr(getattr(self.backbone, "patch_embed", None), "patch_size", None)
+        return sides[0] if isinstance(sides, tuple) and sides[0] == sides[-1] else None
+
+    def _patch_embedding(self) -> nn.Module:
+        backbone: Any = self.backbone
+        return backbone.patch_embed
+
+    def fitted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """With a ViT's table of positions interpolated to this tower's patches, as timm does it."""
+        return dict(state) | self._resized(state, "backbone.")
+
+    def _resized(self, state: Mapping[str, Tensor], before: str) -> dict[str, Tensor]:
+        """The table of positions in `state`, under its name behind `before`, for this `image_px`; or nothing.
+
+        Bicubic, those of [CLS] and registers kept. What is no such table is left to the check of shapes.
+        """
+        backbone: Any = self.backbone
+        name, own = f"{before}pos_embed", getattr(backbone, "pos_embed", None)
+        table = state.get(name)
+        if own is None or table is None or table.ndim != 3 or own.ndim != 3 or table.shape == own.shape:
+            return {}
+        kept = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
+        old, new = (round(max(each.shape[1] - kept, 0) ** 0.5) for each in (table, own))
+        if table.shape[1] != kept + old**2 or own.shape[1] != kept + new**2 or not old:
+            return {}
+        from timm.layers import resample_abs_pos_embed
+
+        return {name: resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=kept)}
+
     def _matcher(self) -> Any:
         backbone: Any = self.backbone
         if not hasattr(backbone, "group_matcher"):
@@ -168,6 +243,7 @@ class VisionEncoder(ImageTower):
         if self.config.key_order:
             load_by_order(self.backbone, found, f"{field}: {path}")
             return
+        found |= self._resized(found, "")
         preset: dict[str, Any] = getattr(self.backbone, "pretrained_cfg", None) or {}
         named = preset.get("classifier") or ()
         heads = (named,) if isinstance(named, str) else tuple(named)
@@ -239,6 +315,8 @@ def _create(config: VisionConfig) -> nn.Module:
     options: dict[str, Any] = {"num_classes": 0, "global_pool": "", "pretrained": False}
     if preset is not None and preset.fixed_input_size:
         options["img_size"] = config.image_px
+    if config.vit is not None:
+        options |= config.vit.options()
     if config.output_stride is not None:
         options["output_stride"] = config.output_stride
     try:
@@ -246,5 +324,5 @@ def _create(config: VisionConfig) -> nn.Module:
     except (TypeError, NotImplementedError, AssertionError) as error:
         raise ValueError(
             f"model.vision: timm cannot make {config.name} with {options}: {error}; "
-            "mind image_px and output_stride"
+            "mind image_px, output_stride and vit"
         ) from error

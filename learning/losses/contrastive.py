@@ -98,6 +98,64 @@ def info_nce_rows(
     return Rows(-aligned.sum(dim=1) / positive.sum(dim=1), hits_b)
 
 
+def queued_info_nce_rows(
+    queries_bd: Float[Tensor, "b d"],
+    positives_bd: Float[Tensor, "b d"],
+    temperature: Float[Tensor, ""] | float,
+    queue: Queue,
+    ids_b: Int64[Tensor, " b"] | None = None,
+) -> Rows:
+    """InfoNCE with one positive a query, the queue's keys as its negatives (ConLIP, Eq. 9).
+
+    -log( exp(q_i·p_i/τ) / (exp(q_i·p_i/τ) + Σ_j w_j exp(q_i·k_j/τ)) )
+
+    j goes over the queue's keys but those of the query's id (`ids_b`; None: over all). Positives get a
+    gradient as queries do. Without any negative a loss is 0. fp16 and bf16 are computed in fp32. Raises
+    ValueError for shapes that do not fit.
+    """
+    positive_b, negative_bm = _positive_and_negatives(queries_bd, positives_bd, temperature, queue, ids_b)
+    logits = torch.cat([positive_b[:, None], negative_bm], dim=1)
+    return Rows(logits.logsumexp(dim=1) - positive_b, positive_b > negative_bm.amax(dim=1))
+
+
+def decoupled_rows(
+    queries_bd: Float[Tensor, "b d"],
+    positives_bd: Float[Tensor, "b d"],
+    temperature: Float[Tensor, ""] | float,
+    queue: Queue,
+    ids_b: Int64[Tensor, " b"] | None = None,
+) -> Rows:
+    """As `queued_info_nce_rows`, but the denominator is of the negatives alone (ConLIP, Eq. 10, 11).
+
+    -q_i·p_i/τ + log Σ_j w_j exp(q_i·k_j/τ)
+    """
+    positive_b, negative_bm = _positive_and_negatives(queries_bd, positives_bd, temperature, queue, ids_b)
+    there_b = (negative_bm > -torch.inf).any(dim=1)
+    # a logarithm of nothing: its gradient would be nan, though where() left it out
+    losses_b = negative_bm.masked_fill(~there_b[:, None], 0.0).logsumexp(dim=1) - positive_b
+    return Rows(torch.where(there_b, losses_b, 0.0), positive_b > negative_bm.amax(dim=1))
+
+
+def _positive_and_negatives(
+    queries_bd: Tensor,
+    positives_bd: Tensor,
+    temperature: Tensor | float,
+    queue: Queue,
+    ids_b: Tensor | None,
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b m"]]:
+    """Logits of each query's positive and of the queue's keys; -inf for a key that is no negative of it."""
+    _check_queued(queries_bd, positives_bd, queue, ids_b)
+    queries_bd, positives_bd = widened(queries_bd), widened(positives_bd)
+    positive_b = (queries_bd * positives_bd).sum(dim=1) / temperature
+    negative_bm = queries_bd @ queue.keys_md.detach().to(queries_bd.dtype).T / temperature
+    log_weights = queue.log_weights()
+    if log_weights is not None:
+        negative_bm = negative_bm + log_weights
+    if ids_b is not None and queue.ids_m is not None:
+        negative_bm = negative_bm.masked_fill(ids_b[:, None] == queue.ids_m, -torch.inf)
+    return positive_b, negative_bm
+
+
 def hardest_negative_hinge(
     image_nd: Float[Tensor, "n d"], text_nd: Float[Tensor, "n d"], margin: float
 ) -> Float[Tensor, ""]:
@@ -160,10 +218,28 @@ def check_rows(
         raise ValueError(f"a batch of {len(keys_nd)} has no negatives; contrastive_batch must be 2 or more")
 
 
-def _check(left_nd: Tensor, right_nd: Tensor) -> None:
+def _check_queued(queries_bd: Tensor, positives_bd: Tensor, queue: Queue, ids_b: Tensor | None) -> None:
+    _check_pairs(queries_bd, positives_bd)
+    keys = queue.keys_md
+    if keys.ndim != 2 or keys.shape[1] != queries_bd.shape[1] or len(keys) == 0:
+        raise ValueError(f"queue: (m, {queries_bd.shape[1]}) keys are needed, m > 0: {tuple(keys.shape)}")
+    for name, values in (("ids_m", queue.ids_m), ("weights_m", queue.weights_m)):
+        if values is not None and len(values) != len(keys):
+            raise ValueError(f"queue.{name}: {len(values)} values for {len(keys)} keys")
+    if (ids_b is None) != (queue.ids_m is None):
+        raise ValueError("ids: give those of the queries and of the queue's keys, or neither")
+    if ids_b is not None and len(ids_b) != len(queries_bd):
+        raise ValueError(f"ids: {len(ids_b)} of {len(queries_bd)} queries")
+
+
+def _check_pairs(left_nd: Tensor, right_nd: Tensor) -> None:
     if left_nd.shape != right_nd.shape or left_nd.ndim != 2:
         raise ValueError(
             f"two (n, d) tensors of one shape are needed: {tuple(left_nd.shape)}, {tuple(right_nd.shape)}"
         )
+
+
+def _check(left_nd: Tensor, right_nd: Tensor) -> None:
+    _check_pairs(left_nd, right_nd)
     if len(left_nd) < 2:
         raise ValueError(f"a batch of {len(left_nd)} has no negatives; contrastive_batch must be 2 or more")

@@ -1,4 +1,4 @@
-"""Masked words and regions: which ones are asked for, and their cross-entropy."""
+"""Masked modelling: words and regions, with their cross-entropy; patches, and their L1."""
 
 from typing import NamedTuple
 
@@ -62,3 +62,19 @@ def masked_token_rows(logits_bkv: Float[Tensor, "b k v"], masked: Masked) -> Flo
         widened(logits_bkv).flatten(0, 1), masked.targets_bk.flatten(), reduction="none"
     ).view_as(masked.targets_bk)
     return torch.where(masked.asked_bk, losses, 0.0)
+
+
+def patches_of(images_b3hw: Float[Tensor, "b 3 h w"], px: int) -> Float[Tensor, "b p c"]:
+    """The pixels of each square patch of `px`, row by row: (b, p, 3 · px²), by channel, row and column."""
+    side = images_b3hw.shape[-1] // px
+    cut = images_b3hw.unflatten(3, (side, px)).unflatten(2, (side, px))
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def masked_patch_rows(
+    predicted_bkc: Float[Tensor, "b k c"], true_bkc: Float[Tensor, "b k c"]
+) -> Float[Tensor, "b k"]:
+    """‖y - z‖₁ of each masked patch (ConLIP, Eq. 6), the mean over its values. Half precision is widened."""
+    # Differs from the paper: Eq. 6 is the sum; SimMIM, which it follows, divides by the number of masked
+    # values, so that neither the image's size nor the share of the mask changes a weight beside other losses
+    return (widened(predicted_bkc) - widened(true_bkc)).abs().mean(dim=2)

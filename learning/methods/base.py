@@ -163,6 +163,9 @@ class Method(nn.Module, ABC):
     # beginnings of names of state that only training needs (a teacher, queues): made by `begin`, in
     # checkpoints, not in the model that is written out
     training_only: ClassVar[tuple[str, ...]] = ()
+    # beginnings of names of parameters that the losses alone read (heads that are dropped after training):
+    # made by `make_heads`, in checkpoints, and written beside the model, not into it
+    training_heads: ClassVar[tuple[str, ...]] = ()
     contrast = ContrastConfig()  # how a loss is computed over ranks; an engine sets the recipe's
 
     def __init__(self, losses: tuple[str, ...]):
@@ -205,8 +208,12 @@ class Method(nn.Module, ABC):
             grouped["other"] = own
         return {name: parameters for name, parameters in grouped.items() if parameters}
 
+    def make_heads(self) -> None:
+        """Makes the parameters of `training_heads`; `begin` calls it, and who wants them alone."""
+
     def begin(self) -> None:
         """Called once before training, the weights in place: makes the state that only training needs."""
+        self.make_heads()
 
     def after_step(self) -> None:
         """Called once after each optimizer step that was not skipped."""
@@ -274,4 +281,17 @@ class EmbedsRegions(Protocol):
 
     def embed_regions(self, regions: Regions) -> Float[Tensor, "b d"]:
         """Unit-length image embeddings."""
+        ...
+
+
+@runtime_checkable
+class AttendsToCls(Protocol):
+    """A method whose heads let tokens of one side attend to the other side's, [CLS] among them."""
+
+    def cls_attention(self, batch: Batch) -> dict[str, Float[Tensor, "b h n"]]:
+        """How each token attends to the other side's [CLS], in each attention head, by direction.
+
+        `text_to_image` and `image_to_text`, where there is such a head; the batch has the views of `views()`
+        and is no part of a larger one.
+        """
         ...

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
@@ -227,15 +227,18 @@ class SemanticSharing(Method):
         segments_bnw: Float[Tensor, "b n w"],
         positions: Float[Tensor, "*b n p"],
         mask_bn: Int64[Tensor, "b n"] | None = None,
-        hidden_bn: Tensor | None = None,
-    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
-        """z (Eq. 3), and the segments after the encoder. `mask_bn`: 0 is padding; `hidden_bn`: [MASK]."""
+        hidden_cn: Bool[Tensor, "c n"] | None = None,
+    ) -> tuple[Float[Tensor, "c d"], Float[Tensor, "c n d"]]:
+        """z (Eq. 3), and the segments after the encoder.
+
+        `mask_bn`: 0 is padding. `hidden_cn`: where [MASK] stands in, as SegmentEmbedding has it; c is b without.
+        """
         if self.config.segments == "global":
             # The paper is silent on which global embedding: the mean of what would be the segments
             one_b1w = self.pooling(segments_bnw, mask_bn)[:, None]
             encoded_bnd, mask_bn = self.of(self.encoder, side)(self.segments[side](one_b1w)), None
         else:
-            e_bnd = self.segments[side](segments_bnw, positions, hidden_bn)
+            e_bnd = self.segments[side](segments_bnw, positions, hidden_cn)
             encoded_bnd = self.of(self.encoder, side)(e_bnd, mask_bn)
         return self.pooling(encoded_bnd, mask_bn), encoded_bnd
 
@@ -402,14 +405,13 @@ class _Step:
                 "kind regions"
             )
         method.check_regions(batch.regions)
-        features, positions = batch.regions.features, batch.regions.positions
         hidden = None
         if "objects" in method.losses:
             hidden = self._hidden_regions(batch.regions.classes)
             if method._reads_embeddings:
                 hidden = torch.cat([torch.zeros_like(hidden), hidden])
-                features, positions = features.repeat(2, 1, 1), positions.repeat(2, 1, 1)
-        self._keep("image", *method.encoded("image", features, positions, hidden_bn=hidden))
+        features, positions = batch.regions.features, batch.regions.positions
+        self._keep("image", *method.encoded("image", features, positions, hidden_cn=hidden))
 
     def _hidden_regions(self, classes_br: Int64[Tensor, "b r"]) -> Tensor:
         """Where [MASK] stands in. Drawn of all ranks' rows: a row's mask is no matter of their number."""

@@ -50,6 +50,7 @@ def estimate(
     """
     with torch.device("meta"):
         method = methods.build(methods.parse_config(without_weights(model_config)), losses, vocabulary_size)
+        method.make_heads()
     parts = {name: sum(p.numel() for p in own) for name, own in method.parts().items()}
     trainable = sum(p.numel() for p in method.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in method.parameters() if not p.requires_grad)

@@ -1,6 +1,7 @@
-"""Masked views: tokens that become [MASK], and patches of a picture that lose their pixels.
+"""Masked views: tokens that become [MASK], and patches of a picture that lose their pixels or embeddings.
 
-Which ones, the given generator alone decides. How many is exact, so that every step masks the same share.
+Which ones, the given generator or seed alone decides. How many is exact, so that every step masks the same
+share.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from learning.methods.base import MaskedPatches, MaskedTokens, Views
+from learning.training.hard_negatives import uniform_numbers
 
 
 def mask_tokens(
@@ -44,6 +46,24 @@ def mask_patches(
     masked = torch.zeros(rows**2, dtype=torch.bool).index_fill_(0, chosen, True)
     patches = image.reshape(3, rows, patch_px, rows, patch_px)
     return patches.masked_fill(masked.view(1, rows, 1, rows, 1), 0.0).view_as(image)
+
+
+def drawn_patches(
+    seed: int, rows: int, side: int, unit: int, share: float, device: torch.device
+) -> Int64[Tensor, "rows k"]:
+    """The places, ascending, of the masked patches in each of `rows` images of `side` × `side` patches.
+
+    Squares of `unit` × `unit` patches are masked together; `share` of them, rounded, at least one, in each
+    image (SimMIM, Xie et al. 2022, Sec. 3.2). Raises ValueError when `unit` does not divide `side`.
+    """
+    if side % unit:
+        raise ValueError(f"{side} patches a side are no whole number of units of {unit}")
+    cells = (side // unit) ** 2
+    order = uniform_numbers(seed, rows * cells, 1, device).view(rows, cells).argsort(dim=1)
+    chosen = order[:, : max(1, round(share * cells))]
+    by_cell = torch.arange(side**2, device=device).view(side // unit, unit, side // unit, unit)
+    by_cell = by_cell.transpose(1, 2).reshape(cells, unit**2)
+    return by_cell[chosen].flatten(1).sort(dim=1).values
 
 
 def check_masks(views: Views, image_px: int) -> None:
