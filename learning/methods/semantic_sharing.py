@@ -231,7 +231,7 @@ class SemanticSharing(Method):
     ) -> tuple[Float[Tensor, "c d"], Float[Tensor, "c n d"]]:
         """z (Eq. 3), and the segments after the encoder.
 
-        `mask_bn`: 0 is padding. `hidden_cn`: where [MASK] stands in, as SegmentEmbedding has it; c is b without.
+        `mask_bn`: 0 is padding. `hidden_cn`: [MASK] stands in, as SegmentEmbedding has it; c = b without.
         """
         if self.config.segments == "global":
             # The paper is silent on which global embedding: the mean of what would be the segments
