@@ -5,6 +5,7 @@ one is walked through as it comes. A fifth one stands in tests/user_method as a 
 """
 
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -79,11 +80,13 @@ def test_losses_are_finite_and_every_parameter_learns(
 ) -> None:
     for stage, told in told_of(method, stages, one):
         assert set(told["terms"]) == set(stage.config.losses), stage.id
-        assert all(torch.isfinite(torch.tensor(list(told["fp32_losses"].values()))))
+        assert all(math.isfinite(loss) for loss in told["fp32_losses"].values()), told["fp32_losses"]
         assert told["largest"]
         for name, largest in told["largest"].items():
             assert largest is not None, f"{stage.id}: {name} has no gradient: freeze it or use it"
-            assert 0 < largest < float("inf"), f"{stage.id}: {name}: {largest}"
+            assert largest < float("inf"), f"{stage.id}: {name}: {largest}"
+            # a key's bias moves all scores of a query alike: its gradient is 0 but for rounding
+            assert largest > 0 or name.endswith("key.bias"), f"{stage.id}: {name} never learns"
 
 
 @by_method

@@ -9,10 +9,12 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, ndcg_score
 
+from learning import methods
 from learning.evaluation.embed import embed_images, embed_texts
 from learning.evaluation.label_retrieval import LabelOutcome, evaluate_labels
 from learning.evaluation.label_sets import LabelSetConfig, names_of
-from tests import label_case, tiny_model
+from learning.training.split_regions import stacked
+from tests import label_case, region_case, tiny_model
 from tests.distributed_harness import run_distributed
 
 CPU = torch.device("cpu")
@@ -26,7 +28,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluated(corpus: Path, label_set: dict[str, Any] | None = None, **changed: Any) -> LabelOutcome:
     options = {"texts": ["captions"], "batch": 5, "device": CPU, "max_length": 12} | changed
     return evaluate_labels(
-        tiny_model.method(),
+        options.pop("method", None) or tiny_model.method(),
         tiny_model.tokenizer(),
         tiny_model.transform(),
         tiny_model.open_corpus(corpus),
@@ -136,6 +138,21 @@ def test_one_direction_a_cut_and_the_other_gain(corpus: Path) -> None:
     linear = evaluated(corpus, directions=["t2i"], cut=3)
     assert linear.metrics["ndcg@3"] != outcome.metrics["ndcg@3"]
     assert linear.metrics["map@3"] == outcome.metrics["map@3"]
+
+
+def test_regions_are_read_in_place_of_pictures(corpus: Path, tmp_path: Path) -> None:
+    region_case.plug_in()
+    try:
+        torch.manual_seed(3)
+        config = methods.parse_config(region_case.MODEL)
+        method = methods.build(config, ("ccl",), tiny_model.tokenizer().vocabulary_size)
+        store = region_case.write_store(tmp_path / "out", corpus)
+        outcome = evaluated(corpus, method=method, regions=store, directions=["i2t"])
+    finally:
+        region_case.plug_out()
+    rows = [region_case.regions_of(key) for key in tiny_model.open_corpus(corpus).keys]
+    expected = method.embed_regions(stacked(rows)).detach().numpy()  # type: ignore[attr-defined]
+    assert np.allclose(outcome.sides[0].queries, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
