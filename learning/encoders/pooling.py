@@ -1,4 +1,4 @@
-"""Pooling of tokens to one vector (COOKIE, Eq. 4): max, mean, or GPO; padding never counts."""
+"""Pooling of tokens to one vector (COOKIE, Eq. 4): max, mean, GPO, or [CLS]; padding never counts."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from learning.encoders.positions import sinusoids
 
-Pooling = Literal["max", "mean", "gpo"]
+Pooling = Literal["max", "mean", "gpo", "first"]
 
 
 class MaxPooling(nn.Module):
@@ -32,6 +32,15 @@ class MeanPooling(nn.Module):
             return tokens_bnd.mean(dim=1)
         weight_bn1 = mask_bn[..., None].to(tokens_bnd.dtype)
         return (tokens_bnd * weight_bn1).sum(dim=1) / weight_bn1.sum(dim=1)
+
+
+class FirstToken(nn.Module):
+    """The first token: [CLS], of BERT and of most ViTs."""
+
+    def forward(
+        self, tokens_bnd: Float[Tensor, "b n d"], mask_bn: Int64[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        return tokens_bnd[:, 0]
 
 
 class GeneralizedPooling(nn.Module):
@@ -87,4 +96,5 @@ class GeneralizedPooling(nn.Module):
 
 def make_pooling(name: Pooling) -> nn.Module:
     """A pooling by name: called with tokens (b, n, d) and a mask (b, n) or None, it gives (b, d)."""
-    return {"max": MaxPooling, "mean": MeanPooling, "gpo": GeneralizedPooling}[name]()
+    kinds = {"max": MaxPooling, "mean": MeanPooling, "gpo": GeneralizedPooling, "first": FirstToken}
+    return kinds[name]()
