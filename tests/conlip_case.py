@@ -183,7 +183,9 @@ class Plain:
         total = torch.zeros((), dtype=torch.float64)
         for i, number in enumerate(self.ids):
             h_img, h_txt = self.image(i)[0], self.text(i)[0]
-            total = total + row(h_txt, h_img, q, number, self.tau) + row(h_img, h_txt, p, number, self.tau)
+            positives = (h_img, h_txt) if self.config.positive == "online" else (images[i], texts[i])
+            total = total + row(h_txt, positives[0], q, number, self.tau)
+            total = total + row(h_img, positives[1], p, number, self.tau)
         return total / len(self.ids)
 
     # -------------------------------------------------------------------------------------- token level

@@ -58,6 +58,11 @@ class Config(MethodConfig):
     image_view: Literal["plain", "augmented", "randaugment"] = "plain"
     momentum: float = Field(default=0.99, ge=0, lt=1, description="m of Eq. 8")
     queue: int = Field(default=12_288, ge=1, description="features of each side that are kept")
+    positive: Literal["momentum", "online"] = Field(
+        default="momentum",
+        description="what a query's positive is a feature of: the momentum encoder, as its negatives, or the "
+        "encoder that learns",
+    )
     conditioned: bool = Field(
         default=True,
         description="of the other side's complete input the token losses see [CLS] alone (ConMLM, ConMIM); "
@@ -208,9 +213,11 @@ class ConLIP(Method):
     def _instance(self, name: str, step: "_Step", terms: Terms) -> None:
         """Both directions of Eq. 10, 11 (`dcl`) or of Eq. 9 (`info_nce`), summed as in Eq. 12.
 
-        The paper is silent on who gets a gradient: both encoders from the positive, which is of both, and a
-        query's own from the negatives, which are of the momentum encoders.
+        A key gets no gradient, but for a positive of the encoder that learns.
         """
+        # Differs from the paper: as printed, Eq. 9-11 have h of the encoders that learn in the positive. Then
+        # both may run from the queue, all features alike, and DCL falls without bound (seen on the demo).
+        # Sec. 3.3 follows MoCo, whose positive is a key as the negatives are.
         rows = decoupled_rows if name == "dcl" else queued_info_nce_rows
         temperature = self.temperature()
         terms.report["temperature"] = temperature.detach()
@@ -222,7 +229,10 @@ class ConLIP(Method):
             # the oldest, so that there are negatives from the first step on, and as many as the queue is
             # long. Those of the query's own sample, or of what shows the same, are no negatives.
             queue = self.queues[key].pushed(taught.features[key], taught.ids)  # type: ignore[operator]
-            found = rows(own[query], own[key], temperature, queue, step.ids)
+            positive = taught.features[key][step.own_rows]
+            if self.config.positive == "online":
+                positive = own[key]
+            found = rows(own[query], positive, temperature, queue, step.ids)
             total, hits = total + found.losses_b.sum(), hits + found.hits_b.sum()
         loss, hits = sum_over_ranks(torch.stack([total, hits])).div(step.rows).unbind()
         terms.losses[name] = loss
