@@ -39,6 +39,7 @@ class Ablation:
     table: Sequence[str]  # rows that run when none is named
     shown: Sequence[str]  # metrics, without eval/
     always: Mapping[str, Any] = field(default_factory=dict)  # for every row
+    upstream: Sequence[str] = ()  # training stages before `pretrain` that run once, for all rows and seeds
 
     def values(self, row: str, seed: int, epochs: int | None) -> dict[str, Any]:
         """The recipe of a row and a seed, as one file's values."""
@@ -46,7 +47,7 @@ class Ablation:
         values["stages"] = {
             name: stage
             for name, stage in values["stages"].items()
-            if stage["kind"] not in TRAINING or name in ("pretrain", "evaluate")
+            if stage["kind"] not in TRAINING or name in (*self.upstream, "pretrain", "evaluate")
         }
         pretrain, evaluate = values["stages"]["pretrain"], values["stages"]["evaluate"]
         pretrain.pop("validate", None)
@@ -101,7 +102,8 @@ def make_data(folder: Folder, ablation: Ablation) -> None:
     for module in ("demo.corpus", "demo.weights"):
         subprocess.run([sys.executable, "-m", module], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     values = ablation.values(ablation.table[0], 0, None)
-    values["stages"] = {n: stage for n, stage in values["stages"].items() if stage["kind"] not in TRAINING}
+    for name in ("pretrain", "evaluate"):
+        values["stages"].pop(name)
     folder.run(folder.write({**values, "name": data_name(ablation.recipe), "reuse": []}))
 
 

@@ -45,8 +45,8 @@ class CorpusSource(BaseModel):
             return made_here
         return self.corpus if is_address(self.corpus) else recipe_directory / self.corpus
 
-    def open(self, place: Path | str, split: str, recipe_directory: Path) -> ShardIndex:
-        """A split of the corpus at `place`. Raises CorpusError: see ShardIndex.open."""
+    def open(self, place: Path | str, split: str | None, recipe_directory: Path) -> ShardIndex:
+        """A split of the corpus at `place`; None: all of it. Raises CorpusError: see ShardIndex.open."""
         cache = None
         if self.cache_dir is not None:
             cache = ShardCache(recipe_directory / self.cache_dir, int(self.cache_gb * 1e9))

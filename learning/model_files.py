@@ -25,9 +25,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from learning import methods
-from learning.methods.base import Method, MethodConfig, Texts
+from learning.methods.base import EmbedsRegions, Method, MethodConfig, Regions, Texts
 from learning.tokenizer import Tokenizer, load_tokenizer
 from learning.training.augment import ImageTransform
+from learning.training.split_regions import cast_regions, check_sizes, reads_regions
 
 WEIGHTS = "model.safetensors"
 HEADS = "heads.safetensors"
@@ -99,11 +100,33 @@ class RetrievalModel:
     device: torch.device
 
     def embed_images(self, images: Sequence[Image.Image], batch: int = 64) -> Float32[np.ndarray, "n d"]:
-        """Unit-length embeddings of pictures of any mode; transparent parts are put on white."""
+        """Unit-length embeddings of pictures of any mode; transparent parts are put on white.
+
+        Raises ValueError for a model that reads regions.
+        """
+        if reads_regions(self.method):
+            raise ValueError(
+                "this model reads regions of pictures, not their pixels; use embed_regions, with regions "
+                "made as in training (a regions stage)"
+            )
         rows = []
         for start in range(0, len(images), batch):
             pixels = torch.stack([self.transform.plain(as_rgb(i)) for i in images[start : start + batch]])
-            rows.append(self._embed(self.method.embed_images, pixels))
+            rows.append(self._embed(self.method.embed_images, pixels.to(self.device)))
+        return self._joined(rows)
+
+    def embed_regions(self, regions: Regions, batch: int = 64) -> Float32[np.ndarray, "n d"]:
+        """Unit-length embeddings of pictures by their regions, of a model that reads these.
+
+        Raises ValueError for a model of pictures, and for another number of regions or numbers a region.
+        """
+        if not (reads_regions(self.method) and isinstance(self.method, EmbedsRegions)):
+            raise ValueError("this model reads pictures, not regions; use embed_images")
+        check_sizes(self.method, regions.features.shape[1], regions.features.shape[2], "these regions")
+        rows = []
+        for start in range(0, len(regions), batch):
+            part = regions.each(lambda x, start=start: x[start : start + batch].to(self.device))  # type: ignore[misc]
+            rows.append(self._embed(self.method.embed_regions, cast_regions(part, torch.float32)))
         return self._joined(rows)
 
     def embed_texts(self, texts: Sequence[str], batch: int = 256) -> Float32[np.ndarray, "n d"]:
@@ -113,22 +136,20 @@ class RetrievalModel:
         rows = []
         for start in range(0, len(texts), batch):
             tokens = self.tokenizer.encode(list(texts[start : start + batch]), self.max_length)
-            rows.append(self._embed(self.method.embed_texts, tokens))
+            rows.append(self._embed(self.method.embed_texts, tokens.to(self.device)))
         return self._joined(rows)
 
     @torch.inference_mode()
-    def _embed(self, embed: Any, inputs: Tensor | Texts) -> np.ndarray:
-        embedded = embed(inputs.to(self.device)).float()
+    def _embed(self, embed: Any, inputs: Tensor | Texts | Regions) -> np.ndarray:
+        embedded = embed(inputs).float()
         return torch.nn.functional.normalize(embedded, dim=-1).cpu().numpy()
 
     def _joined(self, rows: list[np.ndarray]) -> np.ndarray:
         if rows:
             return np.concatenate(rows)
         # the dimension is the model's secret: one text tells it
-        dimension = self._embed(self.method.embed_texts, self.tokenizer.encode(["a"], self.max_length)).shape[
-            1
-        ]
-        return np.zeros((0, dimension), dtype=np.float32)
+        token = self.tokenizer.encode(["a"], self.max_length).to(self.device)
+        return np.zeros((0, self._embed(self.method.embed_texts, token).shape[1]), dtype=np.float32)
 
 
 def without_heads(method: Method, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""WordPiece tokenizer: trained on a corpus, or loaded; texts to padded ids. Chinese is split by character."""
+"""Tokenizer of word pieces, or of whole words: made from a corpus, or loaded; texts to padded ids.
+
+Chinese is split by character.
+"""
 
 import json
 import os
@@ -64,6 +67,11 @@ class Tokenizer:
         """[PAD], [UNK], [CLS], [SEP], [MASK]."""
         return tuple(self._ids[token] for token in SPECIAL)
 
+    def vocabulary(self) -> list[str]:
+        """The tokens by id; one that no token has is `[unused<id>]`."""
+        tokens = {number: token for token, number in self._inner.get_vocab(with_added_tokens=True).items()}
+        return [tokens.get(number, f"[unused{number}]") for number in range(self.vocabulary_size)]
+
     def tokens(self, text: str) -> list[str]:
         """The word pieces of a text, without [CLS] and [SEP]."""
         return list(self._inner.encode(text, add_special_tokens=False).tokens)
@@ -94,9 +102,7 @@ class Tokenizer:
         """Write tokenizer.json and vocab.txt (a token a line, by id) to `directory`."""
         directory.mkdir(parents=True, exist_ok=True)
         self._inner.save(str(directory / "tokenizer.json"))
-        tokens = {number: token for token, number in self._inner.get_vocab(with_added_tokens=True).items()}
-        lines = [tokens.get(number, f"[unused{number}]") for number in range(self.vocabulary_size)]
-        (directory / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (directory / "vocab.txt").write_text("\n".join(self.vocabulary()) + "\n", encoding="utf-8")
 
 
 def pad(rows: Sequence[Int64[Tensor, " _"]], pad_id: int) -> Texts:
@@ -139,6 +145,30 @@ def train_wordpiece(texts: Iterable[str], vocabulary_size: int, lowercase: bool 
     return _wordpiece(
         {token: number for number, (token, _) in enumerate(ranked[:vocabulary_size])}, lowercase
     )
+
+
+def whole_words(texts: Iterable[str], vocabulary_size: int, lowercase: bool = True) -> Tokenizer:
+    """A vocabulary of whole words: the special tokens, then the most frequent words of the texts.
+
+    Other words are read as [UNK]. Words are what BERT splits a text into before it looks for pieces. Ties go
+    by the word, so that the same texts, in any order, give the same vocabulary. Raises ValueError for no
+    text, or too small a size.
+    """
+    if vocabulary_size < SMALLEST:
+        raise ValueError(
+            f"vocabulary.size: {vocabulary_size} is too small; give a few thousand, {SMALLEST} at least"
+        )
+    inner = tokenizers.Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    _prepare(inner, lowercase)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        normal = inner.normalizer.normalize_str(text)
+        counts.update(word for word, _ in inner.pre_tokenizer.pre_tokenize_str(normal))
+    if not counts:
+        raise ValueError("vocabulary: the texts hold no word to make a vocabulary of")
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    kept = [*SPECIAL, *ranked[: vocabulary_size - len(SPECIAL)]]
+    return _wordpiece({word: number for number, word in enumerate(kept)}, lowercase)
 
 
 def load_tokenizer(directory_or_vocab: Path) -> Tokenizer:

@@ -215,8 +215,12 @@ def _show_recalls(recipe: Path, root: Path, overrides: list[str]) -> None:
     from pipeline import tables
 
     run_view = viewing.view(recipe, root, overrides)
-    table = tables.of_recalls(viewing.as_json(run_view)["metrics"], f"results of {run_view.name}")
+    metrics, title = viewing.as_json(run_view)["metrics"], f"results of {run_view.name}"
+    table = tables.of_recalls(metrics, title)
     console().print(table if table is not None else "nothing is evaluated yet: tandem run " + str(recipe))
+    by_labels = tables.of_labels(metrics, title)
+    if by_labels is not None:
+        console().print(by_labels)
 
 
 @app.command()

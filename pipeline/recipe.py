@@ -132,7 +132,9 @@ def load_head(path: Path, overrides: Sequence[str] = ()) -> tuple[Head, Source]:
                 f"{source.where(['stages', name])}: stages.{name}.kind: "
                 f"{'missing' if 'kind' not in values else repr(values['kind'])}; allowed: {', '.join(KINDS)}"
             )
-    _check_order(source, {name: values for name, values in head.stages.items() if values is not None})
+    present = {name: values for name, values in head.stages.items() if values is not None}
+    _check_order(source, present)
+    _check_regions(source, present)
     return head, source
 
 
@@ -188,6 +190,18 @@ def _check_order(source: Source, present: Mapping[str, Mapping[str, Any]]) -> No
                 )
             if order.index(other) > order.index(name):
                 raise StageError(f"{place}stage '{other}' stands after '{name}'; move '{other}' before it")
+
+
+def _check_regions(source: Source, present: Mapping[str, Mapping[str, Any]]) -> None:
+    """What is read as regions is made by a regions stage, or by a stage of one's own."""
+    for name, values in present.items():
+        other = _inputs(values).get("regions")
+        kind = present[other].get("kind") if other is not None else None
+        if kind in KINDS and kind != "regions":
+            raise StageError(
+                f"{source.where(['stages', name, 'inputs', 'regions'])}: stages.{name}.inputs.regions: "
+                f"'{other}' is a {kind} stage; name one of kind regions"
+            )
 
 
 def _stage(name: str, values: dict[str, Any], source: Source) -> StageConfig:

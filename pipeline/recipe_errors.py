@@ -88,6 +88,9 @@ def _problem(item: dict[str, Any], location: Sequence[str | int], owner: type[Ba
         return f"{_shown(value)} is not allowed{hint}; allowed: {context.get('expected')}"
     if kind == "value_error":
         return _with_suggestion(str(context.get("error", item["msg"])))
+    if kind == "union_tag_not_found":
+        field = str(context.get("discriminator", "")).split(" | ")[-1].strip("'")
+        return f"{_shown(value)}: {field}: missing; it says which kind this is"
     if kind == "union_tag_invalid":
         return f"'{context.get('tag')}' is not allowed; allowed: {context.get('expected_tags')}"
     message = item["msg"][0].lower() + item["msg"][1:]
@@ -151,7 +154,8 @@ def _has_tags(model: type[BaseModel], values: Any) -> bool:
     for name, field in model.model_fields.items():
         allowed = typing.get_args(field.annotation)
         if typing.get_origin(field.annotation) is typing.Literal and len(allowed) == 1:
-            found = values.get(name, field.default) if isinstance(values, dict) else field.default
+            written = field.alias or name
+            found = values.get(written, field.default) if isinstance(values, dict) else field.default
             if found != allowed[0]:
                 return False
     return True

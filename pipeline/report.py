@@ -63,7 +63,7 @@ def context(run: RunView) -> dict[str, Any]:
         "corpora": [data.corpus_section(stage) for stage in of_kind["shard"]],
         "trainings": [data.training_section(s) for s in run.stages if s.kind in data.TRAINING_KINDS],
         "evaluations": [data.evaluation_section(s) for s in run.stages if s.kind == "evaluate"],
-        "cls_attention": [section for s in run.stages if (section := data.cls_attention_section(s))],
+        "cls_attention": [heads for s in run.stages if (heads := data.cls_attention_section(s))],
         "attention": [section for s in run.stages if (section := data.attention_section(s))],
     }
 

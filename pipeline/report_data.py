@@ -120,10 +120,21 @@ class MatchingRow:
 
 
 @dataclass(frozen=True)
+class LabelRow:
+    """A label-wise gallery's line: (value, chance) of NDCG and of MAP, each i2t, t2i and their mean."""
+
+    gallery: str
+    remark: str  # how many labels are counted, what was left out, what counts
+    ndcg: list[tuple[float | None, float | None]]
+    map: list[tuple[float | None, float | None]]
+
+
+@dataclass(frozen=True)
 class EvaluationSection:
     stage: StageRun
     rows: list[RecallRow] = field(default_factory=list)
     matching: list[MatchingRow] = field(default_factory=list)
+    labels: list[LabelRow] = field(default_factory=list)
     examples: list[dict[str, Any]] = field(default_factory=list)
     unchecked: str | None = None  # why the training corpora were not checked against the galleries
 
@@ -240,6 +251,7 @@ def training_section(stage: StageRun) -> TrainingSection:
         ("Validation: recalls in %", r"val/((?:i2t|t2i)_r@\d+)", True),
         ("Validation: Rsum", r"val/((?:cosine_)?rsum)", True),
         ("Validation: AUC in %", r"val/(auc)", True),
+        ("Validation: NDCG and MAP in %", r"val/((?:(?:i2t|t2i)_)?(?:ndcg|map)(?:@\d+)?)", True),
     ):
         found = {match[1]: points for name, points in series.items() if (match := re.fullmatch(wanted, name))}
         if found:
@@ -273,6 +285,9 @@ def evaluation_section(stage: StageRun) -> EvaluationSection:
 
     rows: list[RecallRow] = []
     matching: list[MatchingRow] = []
+    labels: list[LabelRow] = []
+    out = stage.directory / "out"
+    examples = _json(out / "examples.json")
     for gallery in galleries:
         before = f"eval/{gallery}/"
         own = {name.removeprefix(before): metrics[name] for name in metrics if name.startswith(before)}
@@ -281,12 +296,11 @@ def evaluation_section(stage: StageRun) -> EvaluationSection:
             matching.append(MatchingRow(gallery, own["auc"], *sizes))
         else:
             rows += _recall_rows(gallery, own, counts)
-    out = stage.directory / "out"
-    examples = _json(out / "examples.json")
+            labels += _label_rows(gallery, own, counts, examples.get(gallery, {}))
     config = RunDirectory(stage.directory).config() or {}
     unchecked = (config.get("config") or {}).get("unchecked")
     shown_ones = [_with_pictures(out, name, shown) for name, shown in examples.items()]
-    return EvaluationSection(stage, rows, matching, shown_ones, unchecked)
+    return EvaluationSection(stage, rows, matching, labels, shown_ones, unchecked)
 
 
 def _recall_rows(gallery: str, own: dict[str, float], counts: dict[str, int]) -> list[RecallRow]:
@@ -305,6 +319,8 @@ def _recall_rows(gallery: str, own: dict[str, float], counts: dict[str, int]) ->
 
     images, texts = (counts.get(f"{gallery}_{side}") for side in ("images", "texts"))
     remark = "" if images is None or texts is None else f"{images:,} images, {texts:,} texts"
+    if f"{gallery}_labels" in counts:
+        remark += "; right: one shared label"
     ceilings = [(way, own[f"ceiling_{way}"]) for way in ("i2t", "t2i") if f"ceiling_{way}" in own]
     if not ceilings:
         return [row(gallery, remark, "")]
@@ -313,6 +329,27 @@ def _recall_rows(gallery: str, own: dict[str, float], counts: dict[str, int]) ->
         row(gallery, f"{remark}; re-ranked: a right one is a candidate for {among}", ""),
         row(f"{gallery}, by cosine", "before re-ranking", "cosine_"),
     ]
+
+
+def _label_rows(
+    gallery: str, own: dict[str, float], counts: dict[str, int], shown: dict[str, Any]
+) -> list[LabelRow]:
+    """The line of a gallery that was asked for label by label; none of another."""
+    if shown.get("task") != "labels":
+        return []
+    cut = shown.get("cut")
+    after = "" if cut is None else f"@{cut}"
+
+    def of(metric: str) -> list[tuple[float | None, float | None]]:
+        names = [f"{way}{metric}{after}" for way in ("i2t_", "t2i_", "")]
+        return [(own.get(name), own.get(f"chance_{name}")) for name in names]
+
+    told = [f"{counts.get(f'{gallery}_labels', 0):,} labels ({', '.join(shown['fields'])})"]
+    told += [f"gain {shown['gain']}"] if shown["gain"] != "linear" else []
+    told += [f"the first {cut:,}"] if cut is not None else []
+    left_out = [(way, counts.get(f"{gallery}_{way}_left_out", 0)) for way in ("i2t", "t2i")]
+    told += [f"{count:,} queries ({way}) have no right answer" for way, count in left_out if count]
+    return [LabelRow(gallery, "; ".join(told), of("ndcg"), of("map"))]
 
 
 def _with_pictures(out: Path, name: str, shown: dict[str, Any]) -> dict[str, Any]:

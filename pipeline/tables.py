@@ -1,5 +1,6 @@
 """Plans, states and results as tables for a terminal."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ STATES = {
 }
 RECALLS = ("i2t_r@1", "i2t_r@5", "i2t_r@10", "t2i_r@1", "t2i_r@5", "t2i_r@10", "rsum", "r@m")
 BESIDE = ("ceiling_i2t", "ceiling_t2i", "auc")
+LABEL_METRIC = re.compile(r"(?:(?:i2t|t2i)_)?(?:ndcg|map)(?:@\d+)?")
 
 
 def _cell(value: object) -> Text:
@@ -120,11 +122,7 @@ def of_recalls(metrics: dict[str, Any], title: str) -> Table | None:
 
     A gallery that was re-ranked has a second row: its recalls by cosine.
     """
-    galleries: dict[str, dict[str, float]] = {}
-    for name, value in metrics.items():
-        parts = name.split("/")
-        if parts[0] == "eval" and len(parts) == 3 and value is not None:
-            galleries.setdefault(parts[1], {})[parts[2]] = value
+    galleries = _galleries(metrics)
     if not galleries:
         return None
     columns = [name for name in RECALLS + BESIDE if any(name in values for values in galleries.values())]
@@ -144,6 +142,41 @@ def of_recalls(metrics: dict[str, Any], title: str) -> Table | None:
             told = ["" if value is None else f"{value:.1f}" for value in before]
             table.add_row(_cell(f"{gallery}, by cosine"), *told, style="dim")
     return table
+
+
+def of_labels(metrics: dict[str, Any], title: str) -> Table | None:
+    """Galleries that were asked for label by label as rows, NDCG and MAP as columns; None: there are none.
+
+    A random order's is a second row of each.
+    """
+    galleries = {
+        gallery: values
+        for gallery, values in _galleries(metrics).items()
+        if any(LABEL_METRIC.fullmatch(name) for name in values)
+    }
+    if not galleries:
+        return None
+    every = dict.fromkeys(name for values in galleries.values() for name in values)
+    columns = [name for name in every if LABEL_METRIC.fullmatch(name)]
+    table = _table(f"{title}, by labels (%)", "gallery")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for gallery, values in galleries.items():
+        for before, told, style in (("", gallery, None), ("chance_", f"{gallery}, by chance", "dim")):
+            found = [values.get(f"{before}{name}") for name in columns]
+            cells = ["" if value is None else f"{value:.1f}" for value in found]
+            table.add_row(_cell(told), *cells, style=style)
+    return table
+
+
+def _galleries(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of each gallery its metrics by their own names."""
+    galleries: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        parts = name.split("/")
+        if parts[0] == "eval" and len(parts) == 3 and value is not None:
+            galleries.setdefault(parts[1], {})[parts[2]] = value
+    return galleries
 
 
 def of_stages(run: RunView) -> Table:

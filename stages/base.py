@@ -20,7 +20,10 @@ from typing import Any, ClassVar, NoReturn, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-KINDS = ("filter", "ingest", "crawl", "clean", "shard", "benchmark", "pretrain", "finetune", "evaluate")
+KINDS = (
+    *("filter", "ingest", "crawl", "clean", "shard", "benchmark", "regions"),
+    *("pretrain", "finetune", "evaluate"),
+)
 
 
 class StageError(Exception):

@@ -1,4 +1,4 @@
-"""The evaluate stage: recalls, or AUC, of a trained model on named galleries, and examples for the report.
+"""The evaluate stage: recalls, AUC, or NDCG and MAP of a trained model on named galleries, and examples.
 
 Nothing here goes back into training: a test split never picks the model.
 """
@@ -14,18 +14,21 @@ from data_tools.corpus_source import CorpusSource
 from data_tools.shards import CorpusError, ShardIndex
 from learning import model_files
 from learning.evaluation.cls_attention import ClsAttention, cls_attention
+from learning.evaluation.label_retrieval import EVERY_LABEL, LabelOutcome
 from learning.evaluation.matching import Matched
 from learning.evaluation.pairs import check_ranks_pairs
 from learning.evaluation.validate import Outcome
 from learning.model_files import RetrievalModel
 from learning.training import distributed
+from learning.training.split_regions import SplitRegions
 from stages.attention import AttentionMapsConfig, write_attention_maps
 from stages.base import Job, Report, StageConfig, StageError, Stopped
-from stages.evaluation_examples import Shown, matching_examples, retrieval_examples
-from stages.judged import Judged, judge
+from stages.evaluation_examples import Shown, label_examples, matching_examples, retrieval_examples
+from stages.judged import Judged, judge, open_regions
 
 CLS_ATTENTION = "cls_attention.json"
-SIZES = ("images", "texts", "positives", "negatives")  # counts of a gallery, not metrics
+# counts of a gallery, not metrics
+SIZES = ("images", "texts", "positives", "negatives", "labels", "unlabelled", "i2t_left_out", "t2i_left_out")
 
 
 class GalleryConfig(Judged):
@@ -54,6 +57,7 @@ class Config(StageConfig):
     """What to evaluate, and how much of it to show."""
 
     roles: ClassVar[tuple[str, ...]] = ("corpus", "weights")
+    optional_roles: ClassVar[tuple[str, ...]] = ("regions",)
     distributed: ClassVar[bool] = True
 
     kind: Literal["evaluate"] = "evaluate"
@@ -90,10 +94,25 @@ class Config(StageConfig):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"galleries: name '{twice[0]}' stands twice; give each gallery its own name")
+        self._pictures_or_regions()
         asked = self.attention_maps
         if asked is not None and asked.gallery not in names:
             raise ValueError(f"attention_maps.gallery: '{asked.gallery}'; allowed: {', '.join(names)}")
         return self
+
+    def _pictures_or_regions(self) -> None:
+        if "regions" not in self.inputs:
+            return
+        asked = {
+            f"galleries.{one.name}.{field}": field
+            for one in self.galleries
+            if (field := one.reads_pictures())
+        }
+        asked |= {"attention_maps": "attention_maps"} if self.attention_maps is not None else {}
+        if asked:
+            raise ValueError(
+                f"{next(iter(asked))}: reads pictures, and inputs.regions is given; leave it out"
+            )
 
 
 def run(config: Config, job: Job) -> Report:
@@ -118,6 +137,10 @@ def _run(config: Config, job: Job, device: str) -> Report:
         g.name: config.data.open(corpus, g.split, job.recipe_directory) for g in config.galleries
     }  # a misspelt split fails at once
     _check_method(config, type(model.method))
+    regions = open_regions(job.inputs, model.method)
+    for name, index in indices.items():
+        if regions is not None:
+            _check_regions(name, SplitRegions(regions, index))
     shown = config.attention_maps
     if shown is not None:  # first: so does what this model cannot show
         gallery = next(g for g in config.galleries if g.name == shown.gallery)
@@ -143,6 +166,7 @@ def _run(config: Config, job: Job, device: str) -> Report:
                     max_length=model.max_length,
                     max_pixels=config.max_pixels,
                     folds=gallery.folds,
+                    regions=regions,
                     advance=task.advance,
                 )
             except ValueError as error:
@@ -167,6 +191,13 @@ def _run(config: Config, job: Job, device: str) -> Report:
             )
     distributed.barrier()
     return Report(counts, metrics)
+
+
+def _check_regions(gallery: str, regions: SplitRegions) -> None:
+    try:
+        regions.check(0)
+    except ValueError as error:
+        raise StageError(f"galleries.{gallery}: {error}") from error
 
 
 def _cls_attention(
@@ -203,7 +234,11 @@ def _check_method(config: Config, method: type) -> None:
 
 
 def _examples(
-    config: Config, job: Job, gallery: GalleryConfig, index: ShardIndex, outcome: Outcome | Matched
+    config: Config,
+    job: Job,
+    gallery: GalleryConfig,
+    index: ShardIndex,
+    outcome: Outcome | Matched | LabelOutcome,
 ) -> dict[str, Any]:
     """A gallery's entry in examples.json; what is shown becomes thumbnails."""
     pictures = job.out / "pictures"
@@ -213,6 +248,10 @@ def _examples(
     asked: dict[str, Any] = {"task": gallery.task, "split": gallery.split, "texts": list(gallery.texts)}
     if isinstance(outcome, Matched):
         return asked | matching_examples(outcome, shown, index, pictures)
+    if isinstance(outcome, LabelOutcome):
+        fields = list((gallery.label_set or EVERY_LABEL).fields)
+        asked |= {"fields": fields, "gain": gallery.gain, "cut": gallery.cut, "folds": gallery.folds}
+        return asked | label_examples(outcome, shown, index, pictures)
     asked |= {"relevance": gallery.relevance, "folds": gallery.folds}
     if gallery.rerank is not None:
         asked["rerank"] = {"top_k": gallery.rerank.top_k, "score": gallery.rerank.score}

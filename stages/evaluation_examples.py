@@ -5,7 +5,7 @@ The choice knows nothing of the ranks: it shows what the model is like, not its 
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from PIL import Image
 
 from data_tools.pictures import open_picture
 from data_tools.shards import ShardIndex
+from learning.evaluation.label_retrieval import LabelOutcome, LabelSide
 from learning.evaluation.matching import Matched
 from learning.evaluation.rerank import Reranked, Side
 from learning.evaluation.retrieval import RightAnswers, top_answers
@@ -40,14 +41,7 @@ def retrieval_examples(outcome: Outcome, shown: Shown, index: ShardIndex, direct
     Each answer has its `cosine` and, where it was re-ranked, its `match` probability. The pictures go to
     `directory`.
     """
-    show = _Thumbnails(directory, index, shown)
-
-    def image(i: int) -> dict[str, Any]:
-        return {"key": index.keys[i], "picture": show(i), "title": index.record(i).get("title") or ""}
-
-    def text(t: int) -> dict[str, Any]:
-        return {"text": outcome.gallery.texts[t]}
-
+    entries = _entries(outcome.gallery.texts, shown, index, directory)
     generator = random.Random(shown.seed)
     directions: dict[str, list[dict[str, Any]]] = {}
     ranks = outcome.whole.ranks()
@@ -56,7 +50,7 @@ def retrieval_examples(outcome: Outcome, shown: Shown, index: ShardIndex, direct
     # texts that ask for images come first
     both = sorted(zip(sides, reranked, strict=True), key=lambda pair: pair[0].direction == "i2t")
     for side, made in both:
-        query_of, answer_of = (image, text) if side.direction == "i2t" else (text, image)
+        query_of, answer_of = entries[side.direction]
         chosen = sorted(generator.sample(range(len(side.queries)), min(shown.queries, len(side.queries))))
         directions[side.direction] = [
             {
@@ -68,6 +62,33 @@ def retrieval_examples(outcome: Outcome, shown: Shown, index: ShardIndex, direct
             for query in chosen
         ]
     return {"images": len(outcome.images), "distinct_texts": len(outcome.texts), **directions}
+
+
+def label_examples(outcome: LabelOutcome, shown: Shown, index: ShardIndex, directory: Path) -> dict[str, Any]:
+    """Queries in each direction, of those that have a right answer, with their labels and NDCG in percent.
+
+    Each answer has the names that it `shared` with the query. The pictures go to `directory`.
+    """
+    entries = _entries(outcome.gallery.texts, shown, index, directory)
+    generator = random.Random(shown.seed)
+    directions: dict[str, list[dict[str, Any]]] = {}
+    for side in sorted(outcome.sides, key=lambda side: side.direction == "i2t"):
+        counted = np.flatnonzero(side.judged.counted).tolist()
+        chosen = sorted(generator.sample(counted, min(shown.queries, len(counted))))
+        query_of, answer_of = entries[side.direction]
+        directions[side.direction] = [
+            {
+                "query": query_of(query),
+                "labels": [outcome.names[label] for label in side.asked.of_row(query)],
+                "ndcg": round(100.0 * float(side.judged.ndcg[query]), 1),
+                "rank": int(side.judged.ranks[query]),
+                "right_answers": int(side.judged.rights[query]),
+                **_label_answers(side, query, answer_of, outcome.names, shown.answers),
+            }
+            for query in chosen
+        ]
+    texts, images = len(outcome.gallery.texts), len(outcome.gallery.images)
+    return {"images": images, "distinct_texts": texts, **directions}
 
 
 def matching_examples(matched: Matched, shown: Shown, index: ShardIndex, directory: Path) -> dict[str, Any]:
@@ -118,6 +139,39 @@ def _answers(side: Side, made: Reranked | None, query: int, answer_of: Entry, mo
         for position, cosine, match in listed[: min(most, len(side.answers))]
     ]
     return {"best_right": answer_of(best), "answers": answers}
+
+
+def _label_answers(
+    side: LabelSide, query: int, answer_of: Entry, names: Sequence[str], most: int
+) -> dict[str, Any]:
+    """The first answers of a query with what they share with it, and the first right one."""
+    own = side.asked.of_row(query)
+    right = side.given.with_one_of(own)
+    positions, cosines = top_answers(
+        side.queries[query : query + 1], side.answers, RightAnswers.of([right.tolist()]), most
+    )
+    answers = []
+    for position, cosine in zip(positions[0].tolist(), cosines[0].tolist(), strict=True):
+        shared = [names[label] for label in np.intersect1d(side.given.of_row(position), own)]
+        found = {"right": bool(shared), "shared": shared, "cosine": round(cosine, 4)}
+        answers.append(answer_of(position) | found)
+    best = _best_right(side.queries[query], side.answers, right)
+    return {"best_right": answer_of(best), "answers": answers}
+
+
+def _entries(
+    texts: Sequence[str], shown: Shown, index: ShardIndex, directory: Path
+) -> dict[str, tuple[Entry, Entry]]:
+    """Of each direction how a query and how an answer is shown; the pictures go to `directory`."""
+    show = _Thumbnails(directory, index, shown)
+
+    def image(i: int) -> dict[str, Any]:
+        return {"key": index.keys[i], "picture": show(i), "title": index.record(i).get("title") or ""}
+
+    def text(t: int) -> dict[str, Any]:
+        return {"text": texts[t]}
+
+    return {"i2t": (image, text), "t2i": (text, image)}
 
 
 def _best_right(query: np.ndarray, answers: np.ndarray, right: np.ndarray) -> int:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from data_tools.class_table import ClassTable
 from data_tools.clean.decontaminate import DROPPED, note_checked
 from data_tools.errors import DataError, explain_full_disk
 from data_tools.given import merge_given
@@ -114,6 +115,17 @@ class DecontaminateConfig(Frozen):
     against: tuple[HeldOutConfig, ...] = Field(min_length=1)
 
 
+class ClassesConfig(Frozen):
+    """Classes of each picture, from the rows of a table that have one of its labels."""
+
+    table: Path = Field(description=".tsv, .csv or .parquet, relative to the recipe")
+    by: str = Field(description="the label whose value is looked up, whatever its case")
+    key: str = Field(description="the table's column that has it")
+    columns: tuple[str, ...] = Field(
+        min_length=1, description="that have the classes; several in a cell by |"
+    )
+
+
 class Config(StageConfig):
     kind: Literal["shard"] = "shard"
     labels: str | None = Field(
@@ -134,6 +146,9 @@ class Config(StageConfig):
         "sample, texts of another value than its own are left out",
     )
     languages: LanguagesConfig = LanguagesConfig()
+    classes_from: ClassesConfig | None = Field(
+        default=None, description="behind what an ingest says; null: that alone"
+    )
     decontaminate: DecontaminateConfig | None = Field(default=None, description="null: nothing is checked")
 
     cosmetic: ClassVar[frozenset[str]] = frozenset({"check"})
@@ -181,11 +196,12 @@ class Config(StageConfig):
 
     def files(self) -> dict[str, Path]:
         against = self.decontaminate.against if self.decontaminate is not None else ()
-        return {
+        found = {
             f"decontaminate.against.{n}.corpus": one.corpus / "manifest.json"
             for n, one in enumerate(against)
             if one.corpus is not None
         }
+        return found | ({} if self.classes_from is None else {"classes_from.table": self.classes_from.table})
 
 
 def run(config: Config, job: Job) -> Report:
@@ -223,6 +239,7 @@ def _write_shards(
     check_rules(rules, labels)
     _check_pair_labels(config.pair_labels, labels)
     _check_licence(config.licence, labels)
+    classes = _class_table(config.classes_from, labels, job.recipe_directory)
     for name in ("pictures.parquet", "pairs.parquet"):
         if not (source / name).is_file():
             raise CorpusError(f"{source / name}: missing. Run the crawl stage again.")
@@ -233,7 +250,7 @@ def _write_shards(
         outcome = decontaminate_records(config, job, source, splits)
         count = outcome.kept
     languages = Languages(config.languages.han, config.languages.other)
-    left_out = captions_left_out = 0
+    left_out = captions_left_out = without_classes = 0
     plan = ShardPlan(_emptied(job.directory / "plan.tmp"), source, "Run the crawl stage again.")
     with job.progress.task("records", count) as task:
         for number, row in enumerate(records):
@@ -245,6 +262,10 @@ def _write_shards(
             given = merge_given(row["given"], belongs)
             left_out += refused
             captions_left_out += given.refused
+            if classes is not None and config.classes_from is not None:
+                named = classes.of(found[config.classes_from.by])
+                given.classes += [name for name in named if name not in given.classes]
+                without_classes += not named
             licence = config.licence.of(found, given.licence)
             record = record_json(row, found, split, licence, languages, given)
             plan.add(split, _planned(row, record))
@@ -265,6 +286,8 @@ def _write_shards(
         "queries_of_other_splits": left_out,
         "captions_of_other_splits": captions_left_out,
     }
+    if classes is not None:
+        counts["without_classes"] = without_classes
     if outcome is not None:
         counts |= outcome.counts()
         note_checked(aside / "manifest.json", outcome.checked)
@@ -294,6 +317,14 @@ def _check_pair_labels(named: tuple[str, ...], labels: list[str]) -> None:
 def _check_licence(licence: LicenceConfig, labels: list[str]) -> None:
     if licence.by is not None and licence.by not in labels:
         raise DataError(f"licence.by: no label '{licence.by}'; labels: {', '.join(labels) or 'none'}")
+
+
+def _class_table(asked: ClassesConfig | None, labels: list[str], directory: Path) -> ClassTable | None:
+    if asked is None:
+        return None
+    if asked.by not in labels:
+        raise DataError(f"classes_from.by: no label '{asked.by}'; labels: {', '.join(labels) or 'none'}")
+    return ClassTable(directory / asked.table, asked.key, asked.columns)
 
 
 def _planned(row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,6 +17,7 @@ from learning.training.ema import EmaConfig
 from learning.training.loader import DataConfig
 from learning.training.rates import OptimizerConfig
 from learning.training.schedule import ScheduleConfig
+from learning.training.split_regions import TOWER
 from stages.base import Frozen, StageConfig
 from stages.judged import Judged
 
@@ -28,16 +29,17 @@ HOLDING = ("zero_optimization", "communication_data_type")
 class Vocabulary(Frozen):
     """Where the tokenizer comes from, when no upstream stage gives one."""
 
-    size: int = Field(
-        default=8000, ge=1, description="of a WordPiece vocabulary trained on the split's texts"
+    kind: Literal["pieces", "words"] = Field(
+        default="pieces", description="WordPiece, trained on the split's texts; or their most frequent words"
     )
+    size: int = Field(default=8000, ge=1, description="of the vocabulary that the split's texts give")
     path: Path | None = Field(
         default=None, description="a vocab.txt, tokenizer.json, or a directory with one: not trained"
     )
 
 
 class Validation(Judged):
-    """Retrieval or matching on a split that is not trained on, between epochs."""
+    """What is asked of a split that is not trained on, between epochs."""
 
     split: str = "validation"
     every_epochs: int = Field(default=1, ge=1, description="the last epoch is always followed by one")
@@ -66,7 +68,7 @@ class TrainingConfig(StageConfig):
         }
     )
     roles: ClassVar[tuple[str, ...]] = ("corpus",)
-    optional_roles: ClassVar[tuple[str, ...]] = ("weights",)
+    optional_roles: ClassVar[tuple[str, ...]] = ("weights", "regions")
     distributed: ClassVar[bool] = True
     version: ClassVar[int] = 2  # dropout is drawn by step and rank
 
@@ -125,7 +127,7 @@ class TrainingConfig(StageConfig):
     validation: Validation | None = Field(default=None, alias="validate")
     pick_best: str | None = Field(
         default=None,
-        description="validation metric whose best weights out/ holds: val/rsum, val/r@m, val/auc",
+        description="validation metric whose best weights out/ holds: val/rsum, val/r@m, val/auc, val/ndcg",
     )
     new_parts: tuple[str, ...] = Field(
         default=(),
@@ -175,10 +177,24 @@ class TrainingConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _pictures_or_regions(self) -> "TrainingConfig":
+        vision = getattr(methods.parse_config(self.model), "vision", None)
+        if getattr(vision, "tower", None) == TOWER and "regions" not in self.inputs:
+            raise ValueError(
+                "inputs.regions: missing; model.vision.tower is regions: name a regions stage of the corpus"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _validated(self) -> "TrainingConfig":
         if self.validation is None:
             return self
         field = self.validation.judges_pairs()
+        pictures = self.validation.reads_pictures()
+        if "regions" in self.inputs and pictures is not None:
+            raise ValueError(
+                f"validate.{pictures}: reads pictures, and inputs.regions is given; leave it out"
+            )
         if field is not None:
             try:
                 check_ranks_pairs(methods.module(str(self.model["method"])).METHOD)
@@ -186,9 +202,9 @@ class TrainingConfig(StageConfig):
                 raise ValueError(f"validate.{field}: {error}") from error
         name = (self.pick_best or "").removeprefix("val/")
         if self.pick_best is not None and not self.validation.has_metric(name):
-            best = "val/auc" if self.validation.task == "matching" else "val/r@m"
             raise ValueError(
-                f"pick_best: '{self.pick_best}' is no metric of `validate` as it is set; say {best}"
+                f"pick_best: '{self.pick_best}' is no metric of `validate` as it is set; "
+                f"say val/{self.validation.best_metric()}"
             )
         return self
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from data_tools.shards import ShardIndex
 from learning import methods, model_files
 from learning.encoders.image_tower import with_fitted_towers
+from learning.encoders.text_towers import load_word_vectors
 from learning.evaluation.gallery import texts_of
 from learning.methods.base import Method, MethodConfig
-from learning.tokenizer import Tokenizer, load_tokenizer, train_wordpiece
+from learning.tokenizer import Tokenizer, load_tokenizer, train_wordpiece, whole_words
 from learning.training import distributed, watchdog
 from learning.training.anomalies import StartOver
 from learning.training.augment import ImageTransform
@@ -27,10 +28,11 @@ from learning.training.engine import Engine
 from learning.training.loader import Batches
 from learning.training.loop import fit
 from learning.training.plan import Outcome, Plan
+from learning.training.split_regions import SplitRegions
 from learning.training.tower_tokens import TowerTokens, identity
 from learning.training.watchdog import FIRST_STEP_FACTOR, Watchdog
 from stages.base import Job, Report, StageError, Stopped, Task
-from stages.judged import judge
+from stages.judged import judge, open_regions
 from stages.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,7 @@ class _Training:
         self.tokenizer = self._tokenizer()
         self.transform, self.max_length = preparation(self.model_config)
         self.method = self._method()
+        self.regions = open_regions(job.inputs, self.method)
         self.batches = Batches(
             self.index,
             self.tokenizer,
@@ -99,11 +102,14 @@ class _Training:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             tower=self._tower(),
+            regions=None if self.regions is None else SplitRegions(self.regions, self.index),
         )
         self.validated: tuple[ShardIndex, Method] | None = None
         if config.validation is not None:
             plain = copy.deepcopy(self.method)  # before DeepSpeed takes the parameters over
             held_out = config.data.open(corpus, config.validation.split, job.recipe_directory)
+            if self.regions is not None:
+                SplitRegions(self.regions, held_out).check(0)  # now, not after the first epoch
             self.validated = (held_out, plain)
 
     def run(self, again: StartOver | None) -> Report:
@@ -221,7 +227,7 @@ class _Training:
             )
 
     def _tokenizer(self) -> Tokenizer:
-        """Upstream's, else the one of vocabulary.path, else trained on this split's texts by rank 0."""
+        """Upstream's, else the one of vocabulary.path, else made of this split's texts by rank 0."""
         if self.upstream is not None:
             return load_tokenizer(self.upstream / "out")
         if self.config.vocabulary.path is not None:
@@ -230,7 +236,8 @@ class _Training:
         problem: str | None = None
         if distributed.rank() == 0 and not directory.is_dir():
             try:
-                made = train_wordpiece(self._all_texts(), self.config.vocabulary.size)
+                make = whole_words if self.config.vocabulary.kind == "words" else train_wordpiece
+                made = make(self._all_texts(), self.config.vocabulary.size)
                 temporary = directory.with_suffix(".tmp")
                 shutil.rmtree(temporary, ignore_errors=True)
                 made.save(temporary)
@@ -256,6 +263,7 @@ class _Training:
     def _method(self) -> Method:
         torch.manual_seed(self.seed)  # the same start on every rank
         method = methods.build(self.model_config, tuple(self.config.losses), self.tokenizer.vocabulary_size)
+        load_word_vectors(method, self.tokenizer.vocabulary())
         if self.upstream is not None:
             state = model_files.read_weights(self.upstream)
             load_upstream(method, state, self.config.new_parts, self.config.dropped_parts, self.upstream)
@@ -276,6 +284,7 @@ class _Training:
             device=distributed.device(),
             max_length=self.max_length,
             max_pixels=self.config.data.max_pixels,
+            regions=self.regions,
         )
         return {f"val/{name}": value for name, value in judged.metrics.items()}
 

@@ -183,11 +183,9 @@ class Plain:
         total = torch.zeros((), dtype=torch.float64)
         for i, number in enumerate(self.ids):
             h_img, h_txt = self.image(i)[0], self.text(i)[0]
-            right_img, right_txt = h_img, h_txt
-            if self.config.positive == "momentum":
-                right_img, right_txt = images[i], texts[i]
-            total = total + row(h_txt, right_img, q, number, self.tau)
-            total = total + row(h_img, right_txt, p, number, self.tau)
+            positives = (h_img, h_txt) if self.config.positive == "online" else (images[i], texts[i])
+            total = total + row(h_txt, positives[0], q, number, self.tau)
+            total = total + row(h_img, positives[1], p, number, self.tau)
         return total / len(self.ids)
 
     # -------------------------------------------------------------------------------------- token level

@@ -107,6 +107,8 @@ def pooled(tokens: Tensor, kind: str, state: State, name: str) -> Tensor:
         return torch.stack([max(column) for column in tokens.unbind(1)])
     if kind == "mean":
         return sum(tokens, torch.zeros(tokens.shape[1])) / len(tokens)
+    if kind == "first":
+        return tokens[0]
     return generalized_pooling(tokens, state, name)
 
 

@@ -48,9 +48,10 @@ def own_gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     [
         (EQ_4, {}),
         (EQ_4, {"conditioned": False}),
-        (("dcl",), {"positive": "online"}),
         (("info_nce", "mlm"), PROJECTED),
         (("dcl", "mim"), {"head_layers": 2, "head_shared": True, "image_mask_share": 0.3}),
+        (("dcl",), {"positive": "online"}),
+        (("info_nce",), {"positive": "online"}),
         (("mim",), {"head_layers": 2}),
         (("mlm",), {"text_mask_share": 0.6}),
     ],

@@ -97,7 +97,7 @@ def test_heads_must_divide_the_dimension() -> None:
         TransformerEncoder(1, 8, 3, 8)
 
 
-@pytest.mark.parametrize("kind", ["max", "mean", "gpo"])
+@pytest.mark.parametrize("kind", ["max", "mean", "gpo", "first"])
 def test_pooling_equals_the_reference(kind: Any) -> None:
     torch.manual_seed(0)
     pooling = make_pooling(kind).double()
@@ -114,7 +114,7 @@ def test_pooling_equals_the_reference(kind: Any) -> None:
     assert_same([pooling(x, None)], [pooling(x, whole)])
 
 
-@pytest.mark.parametrize("kind", ["max", "mean", "gpo"])
+@pytest.mark.parametrize("kind", ["max", "mean", "gpo", "first"])
 def test_pooling_ignores_padding_that_is_larger_than_every_token(kind: Any) -> None:
     pooling = make_pooling(kind)
     x = -torch.rand(2, 4, 3) - 1

@@ -92,6 +92,21 @@ def test_of_several_held_out_corpora_each_is_known_by_its_input(tmp_path: Path) 
     assert "'pretrain'" in problems(tmp_path, text=swapped)
 
 
+def test_regions_of_the_same_corpus_change_no_check(tmp_path: Path) -> None:
+    made = "{kind: regions, inputs: {corpus: other}, source: {from: grid, name: resnet10t}}"
+    regions = f"  regions: {made}\n  pretrain:\n"
+    text = RECIPE.replace("  pretrain:\n", regions).replace(
+        "{corpus: other,", "{corpus: other, regions: regions,"
+    )
+    assert problems(tmp_path, text=text) == ""
+    tuned = problems(tmp_path, "stages.other.decontaminate=null", text=text)
+    assert "what 'finetune' trains on" in tuned
+    with pytest.raises(
+        StageError, match=r"finetune\.inputs\.regions: 'shard' is a shard stage; name one of kind"
+    ):
+        problems(tmp_path, "stages.finetune.inputs.regions=shard", text=text)
+
+
 def test_training_on_the_evaluated_split_is_told_as_such(tmp_path: Path) -> None:
     said = problems(tmp_path, "stages.finetune.data.split=test")
     assert "'finetune' trains on it; evaluate on another split" in said

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learning.evaluation.metrics import chance_recall_at, chances, mean_of, recall_at, recalls
+from learning.evaluation.retrieval import RightAnswers, best_ranks
+from tests.test_retrieval import unit
 
 I2T = np.array([1, 2, 5, 6, 10, 11, 100, 1])
 T2I = np.array([3, 1, 1, 12])
@@ -33,6 +35,21 @@ def test_rsum_is_the_sum_and_rm_the_mean_of_the_six_recalls(i2t: list[int], t2i:
     assert found["r@m"] * 6 == pytest.approx(found["rsum"])
     assert six[0] <= six[1] <= six[2]
     assert six[3] <= six[4] <= six[5]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_recalls_of_a_score_matrix_are_a_count_of_the_first_k(seed: int) -> None:
+    """By other means than ranks: whether a right answer is among the K largest scores of its row."""
+    generator = np.random.default_rng(seed)
+    queries, gallery = (unit(generator.normal(size=(rows, 6))) for rows in (23, 40))
+    right = [set(generator.choice(40, generator.integers(1, 4), replace=False).tolist()) for _ in queries]
+    ranks = best_ranks(queries, gallery, RightAnswers.of(right))
+    found = recalls(t2i=ranks)
+    scores = queries @ gallery.T
+    for k in (1, 5, 10):
+        first = [set(np.argpartition(-row, k)[:k].tolist()) for row in scores]
+        hits = sum(bool(own & top) for own, top in zip(right, first, strict=True))
+        assert found[f"t2i_r@{k}"] == pytest.approx(100 * hits / 23)
 
 
 def test_no_queries_is_an_error_not_a_recall_of_zero() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 import learning
 from data_tools.pictures import open_picture
-from learning import methods, model_files
+from learning import model_files
 from tests import tiny_model
 from tests.tiny_model import write_stage
 
@@ -229,22 +229,3 @@ def test_weights_of_another_model_are_refused(copy: Path) -> None:
     card_path.write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"model.safetensors: does not fit the model of model.json"):
         learning.load(copy)
-
-
-def test_every_method_can_be_saved_and_loaded(tmp_path: Path) -> None:
-    config = {**tiny_model.MODEL, "method": "cookie", "heads": 2, "intermediate": 32}
-    built = methods.build(
-        methods.parse_config(config), ("ccl",), tiny_model.tokenizer().vocabulary_size
-    ).eval()
-    model_files.save(
-        tmp_path,
-        built,
-        config,
-        ("ccl",),
-        tiny_model.tokenizer(),
-        transform=tiny_model.transform(),
-        max_length=12,
-    )
-    with torch.no_grad():
-        expected = built.embed_texts(tiny_model.tokenizer().encode(["red thing"], 12))
-    assert np.allclose(learning.load(tmp_path).embed_texts(["red thing"]), expected.numpy(), atol=1e-6)

@@ -231,3 +231,25 @@ stages:
     assert "stages.pretrain_1.losses: ccll is not a loss of clip" in message(
         path, "stages.pretrain_1.losses.ccll=1"
     )
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("{from: grid, nam: x}", ["source.nam: unknown key", "'name'?; allowed: name, weights, key_order"]),
+        ("{from: gird, name: x}", ["source: 'gird' is not allowed; allowed: 'files', 'faster_rcnn', 'grid'"]),
+        ("{name: x}", ["source: {'name': 'x'}: from: missing; it says which kind this is"]),
+        (
+            "{from: files, layout: npy, parts: [{features: a, ids: b, boxs: c}]}",
+            ["source.parts.0.boxs: unknown key", "did you mean 'boxes'?; allowed: features, ids, boxes"],
+        ),
+    ],
+)
+def test_mistakes_in_a_section_of_several_kinds_are_of_the_kind_that_is_named(
+    tmp_path: Path, source: str, parts: list[str]
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"name: r\nstages:\n  g: {{kind: regions, data: {{corpus: c}}, source: {source}}}\n")
+    said = message(path)
+    for part in parts:
+        assert part in said, said

@@ -363,6 +363,27 @@ def test_where_the_model_looks_stands_beside_the_picture_and_is_told_in_words(
             assert data == (out(run, "evaluate") / f"pictures/{role:020x}.webp").read_bytes()
 
 
+def test_attention_to_cls_is_shown_with_its_spread(tmp_path: Path) -> None:
+    run = whole_run(tmp_path)
+    path = out(run, "evaluate") / "cls_attention.json"
+    assert "Attention to [CLS]" not in report.render(run)
+    counts = [6, 0, 2] + [0] * 17
+    content = {HOSTILE[0]: {"text_to_image": {"mean": 0.1683, "std": 0.1349, "counts": counts}}}
+    path.write_text(json.dumps(content))
+    page = report.render(run)
+    assert "Attention to [CLS]" in page
+    assert "mean 0.168, standard deviation 0.135" in page
+    assert HOSTILE[0] not in page  # escaped
+    [section] = report.context(run)["cls_attention"]
+    [row] = section.rows
+    assert row.way == "text → image [CLS]"
+    assert [(bar.name, bar.count, bar.share) for bar in row.bars] == [
+        ("0.00 – 0.05", 6, 0.75),
+        ("0.05 – 0.10", 0, 0.0),
+        ("0.10 – 0.15", 2, 0.25),
+    ]
+
+
 def test_attention_maps_that_are_damaged_are_named_and_ones_that_are_not_drawn_not_shown(
     tmp_path: Path,
 ) -> None:

@@ -77,7 +77,7 @@ def test_scores_are_exact_in_any_shape_of_product() -> None:
     """The reason for the fixed point: float32 products of equal rows differ with the block's shape."""
     generator = np.random.default_rng(5)
     queries, gallery = unit(generator.normal(size=(64, 777))), unit(generator.normal(size=(512, 777)))
-    a, b = (retrieval._fixed_point(x, "cpu") for x in (queries, gallery))
+    a, b = (retrieval.fixed_point(x, "cpu") for x in (queries, gallery))
     whole = a @ b.T
     exact = [
         [sum(int(x) * int(y) for x, y in zip(a[i], b[j], strict=True)) for j in range(4)] for i in range(4)
@@ -93,7 +93,7 @@ def test_scores_are_exact_in_any_shape_of_product() -> None:
 def test_the_rounding_is_that_of_float32() -> None:
     generator = np.random.default_rng(6)
     queries, gallery = unit(generator.normal(size=(50, 1024))), unit(generator.normal(size=(50, 1024)))
-    scores = (retrieval._fixed_point(queries, "cpu") @ retrieval._fixed_point(gallery, "cpu").T) / 2.0**52
+    scores = (retrieval.fixed_point(queries, "cpu") @ retrieval.fixed_point(gallery, "cpu").T) / 2.0**52
     assert np.abs(scores.numpy() - queries.astype(np.float64) @ gallery.astype(np.float64).T).max() < 2.0**-24
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_tools.class_table import ClassTable
 from data_tools.records import Languages
 from data_tools.shards import ShardIndex, ShardWriter
 from data_tools.shards import files as shard_files
@@ -165,6 +166,64 @@ def test_records_and_splits(corpus: Path) -> None:
         ("红色 熊猫", "zh", 0.2),
     ]
     assert json.loads((corpus / "manifest.json").read_text())["licences"] == {"MIT": 12, "unknown": 12}
+
+
+def test_classes_come_from_the_rows_of_a_table_that_have_the_label(crawl: Path, tmp_path: Path) -> None:
+    rows = [
+        "id\tgroup\tgroup_zh\tother",
+        "1\tcat| red\tcat|猫\tx",
+        "2\t\t\tx",
+        '1\tred|"big"\t\tx',
+        "A\tb\t\tx",
+    ]
+    (tmp_path / "t.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    asked: Any = {"table": "t.tsv", "by": "concept", "key": "id", "columns": ["group", "group_zh"]}
+    job = make_job(tmp_path / "shard", pictures=crawl)
+    report = run(Config(**CONFIG, classes_from=asked), job)
+    index = ShardIndex.open(job.out)
+    for i in range(len(index)):
+        record = index.record(i)
+        wanted = ["cat", "red", "猫", '"big"'] if record["labels"]["concept"] == "1" else []
+        assert record["classes"] == wanted
+    assert report.counts["without_classes"] == 22
+    assert Config(**CONFIG, classes_from=asked).files() == {"classes_from.table": Path("t.tsv")}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"by": "colour"}, r"classes_from\.by: no label 'colour'; labels: concept, vendor"),
+        ({"key": "code"}, r"t\.csv: no column 'code'; there are: id, group"),
+        ({"columns": ["x"]}, r"t\.csv: no column 'x'; there are: id, group"),
+        ({"table": "none.csv"}, r"none\.csv: cannot be read: .*No such file"),
+        ({"table": "t.txt"}, r"t\.txt: '\.txt'; allowed: \.tsv, \.csv, \.parquet"),
+        ({"table": "short.csv"}, r"short\.csv: line 3: another number of columns"),
+        ({"table": "empty.csv"}, r"empty\.csv: no row has a id"),
+        ({"table": "bad.parquet"}, r"bad\.parquet: cannot be read"),
+    ],
+)
+def test_a_table_of_classes_that_cannot_be_read_is_named(
+    crawl: Path, tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    texts = {
+        "t.csv": 'id,group\n1,"a,b|c"\n',
+        "short.csv": "id,group\n1,a\n2\n",
+        "empty.csv": "id,group\n,a\n",
+    }
+    for name, text in (texts | {"bad.parquet": "no parquet", "t.txt": ""}).items():
+        (tmp_path / name).write_text(text)
+    asked: Any = {"table": "t.csv", "by": "concept", "key": "id", "columns": ["group"]} | change
+    with pytest.raises(StageError, match=says):
+        run(Config(**CONFIG, classes_from=asked), make_job(tmp_path / "shard", pictures=crawl))
+
+
+def test_classes_by_csv_and_parquet_whatever_the_case(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('ID,group\n1F-a,"a,b|c"\n', encoding="utf-8")
+    assert ClassTable(tmp_path / "t.csv", "ID", ["group"]).of("1f-A") == ["a,b", "c"]
+    table = pa.table({"ID": [7, None], "group": [["x", "y"], ["z"]], "more": ["y|w", None]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    made = ClassTable(tmp_path / "t.parquet", "ID", ["group", "more"])
+    assert made.of("7") == ["x", "y", "w"] and made.of("8") == []
 
 
 def test_small_shards_are_many(crawl: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from learning import methods
+from learning.model_files import without_weights
 from pipeline import leaks
 from pipeline.fingerprint import identities
 from pipeline.recipe import Recipe, load
@@ -24,7 +25,7 @@ def test_a_shipped_recipe_is_valid_and_its_deepspeed_files_exist(path: Path) -> 
     assert set(recipe.head.reuse) <= {other.stem for other in RECIPES} - {recipe.name}
     leaks.check(recipe.source, recipe.head.stages)  # as every plan does
     for stage in recipe.stages.values():
-        if stage.distributed and stage.kind != "evaluate":
+        if stage.distributed and stage.kind not in ("evaluate", "regions"):
             assert (recipe.directory / stage.deepspeed).is_file()  # type: ignore[attr-defined]
 
 
@@ -187,6 +188,119 @@ def test_fine_tuning_has_the_papers_and_the_released_settings(name: str) -> None
     assert model.match_weights == (1.0, 2.0)
     assert gallery.rerank.top_k == (128 if name.startswith("flickr30k") else 64)
     assert gallery.directions == (("t2i",) if name == "muge" else ("i2t", "t2i"))
+
+
+SETS = {"": 80, "_flickr25k": 24, "_nus_wide": 21, "_demo": 109}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_semantic_sharing_has_the_papers_numbers(name: str) -> None:
+    """Sec. 3.2 and 4.1: 36 regions, word2vec and a Bi-GRU, 15 %, Eq. 6, the labels of each set, NDCG."""
+    stages: dict[str, Any] = dict(read(ROOT / f"recipes/semantic_sharing{name}.yaml").stages)
+    stage = stages["pretrain"]
+    model: Any = methods.parse_config(stage.model)
+    assert (model.vision.count, model.text.tower, model.mask_share) == (36, "gru", 0.15)
+    assert len(model.labels.names) == SETS[name]
+    assert set(stage.losses) == {"labels", "words", "objects"}
+    assert stage.vocabulary.kind == "words"
+    for gallery in stages["evaluate"].galleries:
+        assert (gallery.task, gallery.label_set.names) == ("labels", model.labels.names)
+    if name != "_demo":
+        assert (model.text.word_width, str(model.text.weights)[-4:]) == (300, ".txt")
+        assert (stage.pick_best, stage.validation.split) == ("val/ndcg", "val")
+
+
+LOSS = "stages.pretrain.losses"
+SMALL: dict[str, Any] = {"dimension": 8, "text": {"tower": "gru", "width": 8}}
+WO_C = (f"{LOSS}.words=null", f"{LOSS}.objects=null")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "losses"),
+    [
+        (("model.sharing=separate", "model.retrieval=predictions", *WO_C), {"labels"}),
+        ((f"{LOSS}.consistency=1", f"{LOSS}.labels=null", *WO_C), {"consistency"}),
+        (("model.segments=global", "model.encoder=fc", *WO_C), {"labels"}),
+        (("model.encoder=fc",), {"labels", "words", "objects"}),
+        (WO_C, {"labels"}),
+        ((f"{LOSS}.labels=null",), {"words", "objects"}),
+        ((f"{LOSS}.triplet=1",), {"labels", "words", "objects", "triplet"}),
+    ],
+    ids=["ST", "IMC", "wo R", "wo T", "wo C", "wo L", "Ours+Con"],
+)
+def test_what_the_head_of_semantic_sharing_sets_makes_the_rows_of_table_1(
+    overrides: tuple[str, ...], losses: set[str]
+) -> None:
+    path = ROOT / "recipes/semantic_sharing.yaml"
+    head = path.read_text(encoding="utf-8").partition("name: semantic_sharing\n")[0]
+    assert all(f"--set {override}" in head for override in overrides)
+    stage: Any = read(path, overrides).stages["pretrain"]
+    assert set(stage.losses) == losses
+    assert methods.build(methods.parse_config(without_weights(stage.model) | SMALL), tuple(losses), 40)
+
+
+def test_conlip_has_the_papers_numbers() -> None:
+    """Sec. 4.1, 4.4 and Table 6 of ConLIP."""
+    recipe = read(ROOT / "recipes/conlip.yaml")
+    stages: dict[str, Any] = dict(recipe.stages)
+    trained, tuned = stages["pretrain"], [stages["finetune_coco"], stages["finetune_flickr30k"]]
+    for stage in (trained, *tuned):
+        assert (stage.contrastive_batch, stage.epochs, stage.ranks_wanted()) == (4096, 30, 8)
+        assert (stage.optimizer.learning_rate, stage.optimizer.weight_decay) == (5e-5, 0.01)
+        assert (stage.schedule.name, stage.schedule.warmup, stage.schedule.floor) == ("linear", 0.1, 0.0)
+        assert "fp16" in stage.deepspeed.name
+        model: Any = methods.parse_config(stage.model)
+        assert (model.temperature.initial, model.temperature.learnable) == (0.05, False)
+        assert (model.momentum, model.queue, model.dimension) == (0.99, 12_288, None)
+        assert (model.text.layers, model.text.width, model.text.max_length) == (12, 768, 50)
+        assert model.vision.name == "vit_base_patch16_224"
+        assert model.vision.image_px == (224 if stage is trained else 336)
+    model = methods.parse_config(trained.model)
+    assert trained.losses == {"dcl": 1.0, "mlm": 1.0, "mim": 1.0}  # Eq. 4, 7
+    assert (model.conditioned, model.head_layers, model.dropout) == (True, 1, 0.1)
+    assert (model.text_mask_share, model.image_mask_share) == (0.15, 0.5)
+    assert recipe.head.samples["shard"] == 5_300_000
+    assert [stage.losses for stage in tuned] == [{"dcl": 1.0}] * 2
+    assert [stage.inputs for stage in tuned] == [
+        {"corpus": corpus, "weights": "pretrain"} for corpus in ("coco", "flickr30k")
+    ]
+    measured = [gallery for gallery in stages["zero_shot_flickr30k"].galleries if gallery.cls_attention]
+    assert [gallery.split for gallery in measured] == ["val"]  # Table 2
+
+
+PRETRAIN = "stages.pretrain"
+CONLIP_SMALL: dict[str, Any] = {
+    "vision": {
+        "name": "test_vit",
+        "image_px": 64,
+        "vit": {"patch_px": 16, "layers": 1, "width": 8, "heads": 2},
+    },
+    "text": {"layers": 1, "width": 8, "heads": 2, "intermediate": 8},
+    "head_heads": 2,
+    "head_intermediate": 8,
+    "queue": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "losses"),
+    [
+        ((f"{PRETRAIN}.losses.mlm=null", f"{PRETRAIN}.losses.mim=null"), {"dcl"}),
+        (("model.conditioned=false",), {"dcl", "mlm", "mim"}),
+        ((f"{PRETRAIN}.losses.mim=null",), {"dcl", "mlm"}),
+        ((f"{PRETRAIN}.losses.mlm=null",), {"dcl", "mim"}),
+        ((f"{PRETRAIN}.losses.dcl=null", f"{PRETRAIN}.losses.info_nce=1"), {"info_nce", "mlm", "mim"}),
+        (("model.head_layers=2", "model.head_shared=true"), {"dcl", "mlm", "mim"}),
+        (("model.text_mask_share=0.4", "model.image_mask_share=0.7"), {"dcl", "mlm", "mim"}),
+    ],
+    ids=["CL", "Vanilla", "ConMLM", "ConMIM", "InfoNCE", "2*", "Table 5"],
+)
+def test_rows_of_conlips_tables_are_settings(overrides: tuple[str, ...], losses: set[str]) -> None:
+    stage: Any = read(ROOT / "recipes/conlip.yaml", overrides).stages["pretrain"]
+    assert set(stage.losses) == losses
+    small = without_weights(stage.model) | CONLIP_SMALL
+    made = methods.build(methods.parse_config(small), tuple(stage.losses), 40)
+    made.begin()
 
 
 def test_aic_icc_is_tested_on_the_first_10000_pictures() -> None:

@@ -70,6 +70,12 @@ class ShardIndex:
             digest.update(f"{key} {picture}\n".encode())
         return digest.hexdigest()
 
+    @property
+    def pictures(self) -> list[str]:
+        """The sha256 of each sample's picture."""
+        pictures: list[str] = self._table["sha256"].to_pylist()
+        return pictures
+
     @staticmethod
     def splits(corpus: Path | str) -> dict[str, int]:
         """The splits of a corpus, with how many samples each has."""

@@ -13,7 +13,7 @@ from learning.encoders.layers import Layered
 Activation = Literal["relu", "gelu"]
 INIT_STD = 0.02
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 class TransformerLayer(nn.Module):
@@ -31,7 +31,7 @@ class TransformerLayer(nn.Module):
             raise ValueError(f"model.heads: {heads} does not divide model.dimension, {dimension}")
         self.heads = heads
         self.dropout = dropout
-        self.activation = _ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]
         self.query_key_value = nn.Linear(dimension, 3 * dimension)
         self.attended = nn.Linear(dimension, dimension)
         self.attention_norm = nn.LayerNorm(dimension)
@@ -99,7 +99,7 @@ class FullyConnected(nn.Module):
     # encoder's activation between them and none after the last.
     def __init__(self, layers: int, dimension: int, activation: Activation = "relu"):
         super().__init__()
-        self.activation = _ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]
         self.layers = nn.ModuleList(nn.Linear(dimension, dimension) for _ in range(layers))
 
     def forward(

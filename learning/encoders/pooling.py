@@ -1,13 +1,14 @@
-"""Pooling of tokens to one vector (COOKIE, Eq. 4): max, mean, or GPO; padding never counts."""
+"""Pooling of tokens to one vector (COOKIE, Eq. 4): max, mean, GPO, or [CLS]; padding never counts."""
 
-import math
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-Pooling = Literal["max", "mean", "gpo"]
+from learning.encoders.positions import sinusoids
+
+Pooling = Literal["max", "mean", "gpo", "first"]
 
 
 class MaxPooling(nn.Module):
@@ -31,6 +32,15 @@ class MeanPooling(nn.Module):
             return tokens_bnd.mean(dim=1)
         weight_bn1 = mask_bn[..., None].to(tokens_bnd.dtype)
         return (tokens_bnd * weight_bn1).sum(dim=1) / weight_bn1.sum(dim=1)
+
+
+class FirstToken(nn.Module):
+    """The first token: [CLS], of BERT and of most ViTs."""
+
+    def forward(
+        self, tokens_bnd: Float[Tensor, "b n d"], mask_bn: Int64[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        return tokens_bnd[:, 0]
 
 
 class GeneralizedPooling(nn.Module):
@@ -73,7 +83,7 @@ class GeneralizedPooling(nn.Module):
     def weights(self, counts: Int64[Tensor, " k"], like: Tensor) -> Float[Tensor, "k n"]:
         """The weights by rank for each number of tokens (1 or more); 0 beyond it. n is the largest count."""
         longest = int(counts.max())
-        encoding_nr = _rank_encoding(longest, self.ranks).to(like.device, self.score.weight.dtype)
+        encoding_nr = sinusoids(longest, self.ranks).to(like.device, self.score.weight.dtype)
         packed = nn.utils.rnn.pack_padded_sequence(
             encoding_nr.expand(len(counts), -1, -1), counts, batch_first=True, enforce_sorted=False
         )
@@ -84,13 +94,7 @@ class GeneralizedPooling(nn.Module):
         return score_kn.masked_fill(beyond_kn.to(like.device), -torch.inf).softmax(dim=1).to(like.dtype)
 
 
-def _rank_encoding(count: int, size: int) -> Float[Tensor, "n r"]:
-    """Sines and cosines of the rank, in turn (Vaswani et al. 2017, Sec. 3.5)."""
-    place_n1 = torch.arange(count, dtype=torch.float64)[:, None]
-    rate = torch.exp(torch.arange(0, size, 2, dtype=torch.float64) * (-math.log(10000.0) / size))
-    return torch.stack([torch.sin(place_n1 * rate), torch.cos(place_n1 * rate)], dim=-1).flatten(1)
-
-
 def make_pooling(name: Pooling) -> nn.Module:
     """A pooling by name: called with tokens (b, n, d) and a mask (b, n) or None, it gives (b, d)."""
-    return {"max": MaxPooling, "mean": MeanPooling, "gpo": GeneralizedPooling}[name]()
+    kinds = {"max": MaxPooling, "mean": MeanPooling, "gpo": GeneralizedPooling, "first": FirstToken}
+    return kinds[name]()

@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,8 @@ class TextConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # Not written out: a model that was saved before there were kinds has none, and means this one.
+    tower: Literal["bert"] = Field(default="bert", exclude=True)
     name: str | None = Field(default=None, description="a preset: bert_base, …; null: the sizes below")
     layers: int = Field(ge=1)
     width: int = Field(ge=1)

@@ -23,11 +23,13 @@ from jaxtyping import Float, Float32, Shaped
 from torch import Tensor, nn
 
 from data_tools.pictures import EncodedPicture, PictureError
+from data_tools.regions.store import RegionStore
 from data_tools.shards import ShardIndex
-from learning.methods.base import Method
+from learning.methods.base import EmbedsRegions, Method
 from learning.tokenizer import Tokenizer
 from learning.training import distributed, watchdog
 from learning.training.augment import ImageTransform
+from learning.training.split_regions import SplitRegions, cast_regions, check_method
 
 Advance = Callable[[int], None]
 T = TypeVar("T")
@@ -41,21 +43,50 @@ def embed_images(
     batch: int,
     device: torch.device,
     max_pixels: int,
+    regions: RegionStore | None = None,
     advance: Advance | None = None,
 ) -> Float32[np.ndarray, "n d"]:
     """Unit-length embeddings of all images of an index, in its order, on every process.
 
-    `method` is put on `device` by the caller, in evaluation mode. `advance` is told how many images were
-    done. Raises ValueError, on every process, that names the shard and the key of a picture that cannot be
-    read: a gallery must not silently shrink.
+    `method` is put on `device` by the caller, in evaluation mode. With `regions` it embeds those of the
+    pictures in place of their pixels, and no picture is read. `advance` is told how many images were done.
+    Raises ValueError, on every process, that names the shard and the key of a picture that cannot be
+    read, or that has no regions: a gallery must not silently shrink.
     """
+    if regions is None:
+        embed = _of_pixels(method, index, transform, max_pixels, device)
+    else:
+        embed = _of_regions(method, index, regions, device)
+    return spread(len(index), batch, lambda start, stop: _unit(embed(start, stop)), advance)
+
+
+def _of_pixels(
+    method: Method, index: ShardIndex, transform: ImageTransform, max_pixels: int, device: torch.device
+) -> Callable[[int, int], Tensor]:
+    """The embeddings of the images start … stop - 1, by their plain views."""
     dtype = weights_dtype(method)
 
-    def block(start: int, stop: int) -> Tensor:
+    def embed(start: int, stop: int) -> Tensor:
         pixels = [plain_pixels(index, i, transform, max_pixels) for i in range(start, stop)]
-        return _unit(method.embed_images(torch.stack(pixels).to(device, dtype)))
+        return method.embed_images(torch.stack(pixels).to(device, dtype))
 
-    return spread(len(index), batch, block, advance)
+    return embed
+
+
+def _of_regions(
+    method: Method, index: ShardIndex, store: RegionStore, device: torch.device
+) -> Callable[[int, int], Tensor]:
+    """The same by their regions. Raises ValueError where method and store do not go together."""
+    check_method(method, store)
+    assert isinstance(method, EmbedsRegions)
+    regions, embeds, dtype = SplitRegions(store, index), method, weights_dtype(method)
+    regions.check(0)
+
+    def embed(start: int, stop: int) -> Tensor:
+        read = regions.block(start, stop).each(lambda x: x.to(device))
+        return embeds.embed_regions(cast_regions(read, dtype))
+
+    return embed
 
 
 def embed_texts(
@@ -153,14 +184,20 @@ def _agreed(compute: Callable[[], T]) -> T:
 
 def plain_pixels(index: ShardIndex, i: int, transform: ImageTransform, max_pixels: int) -> Tensor:
     """Image i as training sees its plain view. Raises ValueError that names its shard and its key."""
+    picture = checked_picture(index, i, max_pixels)
+    try:
+        return transform.plain(picture)
+    except PictureError as error:
+        raise ValueError(f"{error}; raise max_pixels, or run the shard stage again") from error
+
+
+def checked_picture(index: ShardIndex, i: int, max_pixels: int) -> EncodedPicture:
+    """Image i, not decoded yet. Raises ValueError where it is not the picture of its record."""
     where = index.where(i)
     data = index.image_bytes(i)
     if hashlib.sha256(data).hexdigest() != index.record(i)["sha256"]:
         raise ValueError(f"{where}: the picture is not the one of its record; run the shard stage again")
-    try:
-        return transform.plain(EncodedPicture(data, max_pixels=max_pixels, name=where))
-    except PictureError as error:
-        raise ValueError(f"{error}; raise max_pixels, or run the shard stage again") from error
+    return EncodedPicture(data, max_pixels=max_pixels, name=where)
 
 
 def weights_dtype(method: Method) -> torch.dtype:

@@ -79,12 +79,12 @@ def best_ranks(
     ranks = np.empty(len(queries), dtype=np.int64)
     for start in range(0, len(queries), query_block):
         stop = min(start + query_block, len(queries))
-        block = _fixed_point(queries[start:stop], device)
+        block = fixed_point(queries[start:stop], device)
         rows = right.rows(start, stop)
         best, ties = _best_right(block, gallery, rows, device)
         above = torch.zeros(stop - start, dtype=torch.int64, device=block.device)
         for low in range(0, len(gallery), gallery_block):
-            scores = block @ _fixed_point(gallery[low : low + gallery_block], device).T
+            scores = block @ fixed_point(gallery[low : low + gallery_block], device).T
             above += (scores >= best[:, None]).sum(dim=1)
         # `above` counts the right answers that score the best too: they are no wrong answers
         ranks[start:stop] = (1 + above - ties).cpu().numpy()
@@ -108,10 +108,10 @@ def top_answers(
     positions = np.empty((len(queries), k), dtype=np.int64)
     cosines = np.empty((len(queries), k), dtype=np.float64)
     for row in range(len(queries)):
-        query = _fixed_point(queries[row : row + 1], "cpu")
+        query = fixed_point(queries[row : row + 1], "cpu")
         scores = np.concatenate(
             [
-                (query @ _fixed_point(gallery[low : low + GALLERY_BLOCK], "cpu").T)[0].numpy()
+                (query @ fixed_point(gallery[low : low + GALLERY_BLOCK], "cpu").T)[0].numpy()
                 for low in range(0, len(gallery), GALLERY_BLOCK)
             ]
         )
@@ -135,11 +135,11 @@ def first_by_cosine(
     Right answers are unknown here, unlike in `top_answers`. k is at most the gallery's size. Memory: float64
     blocks of (n, k + gallery_block): give a block of queries at a time.
     """
-    block = _fixed_point(queries, device)
+    block = fixed_point(queries, device)
     scores = torch.empty((len(queries), 0), dtype=torch.float64, device=block.device)
     positions = torch.empty((len(queries), 0), dtype=torch.int64, device=block.device)
     for low in range(0, len(gallery), gallery_block):
-        part = _fixed_point(gallery[low : low + gallery_block], device)
+        part = fixed_point(gallery[low : low + gallery_block], device)
         places = torch.arange(low, low + len(part), device=block.device).expand(len(queries), -1)
         scores = torch.cat([scores, block @ part.T], dim=1)
         positions = torch.cat([positions, places], dim=1)
@@ -155,7 +155,7 @@ def cosines(a: Float32[np.ndarray, "n d"], b: Float32[np.ndarray, "n d"]) -> Flo
     found = np.empty(len(a), dtype=np.float64)
     for low in range(0, len(a), GALLERY_BLOCK):
         rows = slice(low, low + GALLERY_BLOCK)
-        found[rows] = (_fixed_point(a[rows], "cpu") * _fixed_point(b[rows], "cpu")).sum(dim=1).numpy()
+        found[rows] = (fixed_point(a[rows], "cpu") * fixed_point(b[rows], "cpu")).sum(dim=1).numpy()
     return found / _UNIT**2
 
 
@@ -168,9 +168,7 @@ def _largest(scores: Float64[Tensor, "n m"], k: int) -> Int64[Tensor, "n k"]:
     return taken.nonzero()[:, 1].view(len(scores), -1)
 
 
-def _fixed_point(
-    embeddings: Float32[np.ndarray, "b d"], device: str | torch.device
-) -> Float64[Tensor, "b d"]:
+def fixed_point(embeddings: Float32[np.ndarray, "b d"], device: str | torch.device) -> Float64[Tensor, "b d"]:
     """Multiples of 2^-26 as whole numbers in float64."""
     return torch.from_numpy(embeddings).to(device, torch.float64).mul_(_UNIT).round_()
 
@@ -186,7 +184,7 @@ def _best_right(
     scores = torch.empty(len(pairs), dtype=torch.float64, device=block.device)
     step = max(1, _PAIRS_BLOCK // max(1, gallery.shape[1]))
     for low in range(0, len(pairs), step):
-        answers = _fixed_point(gallery[right.answers[low : low + step]], device)
+        answers = fixed_point(gallery[right.answers[low : low + step]], device)
         asked = block[torch.from_numpy(pairs[low : low + step]).to(block.device)]
         scores[low : low + step] = (asked * answers).sum(dim=1)
     query = torch.from_numpy(pairs).to(block.device)
@@ -197,7 +195,8 @@ def _best_right(
     return best, ties
 
 
-def _check(queries: np.ndarray, gallery: np.ndarray, right: RightAnswers) -> None:
+def check_embeddings(queries: np.ndarray, gallery: np.ndarray) -> None:
+    """Raise ValueError, that names it, for a row that is not float32, not finite or not of unit length."""
     for name, embeddings in (("queries", queries), ("gallery", gallery)):
         if embeddings.dtype != np.float32 or embeddings.ndim != 2:
             raise ValueError(f"{name}: {embeddings.dtype} {embeddings.shape}; give float32 (rows, dimension)")
@@ -210,6 +209,10 @@ def _check(queries: np.ndarray, gallery: np.ndarray, right: RightAnswers) -> Non
                     f"{name}: row {row} has length {lengths[wrong[0]]:.4g}; embeddings have unit length "
                     "(not a number: the training that made the model has diverged)"
                 )
+
+
+def _check(queries: np.ndarray, gallery: np.ndarray, right: RightAnswers) -> None:
+    check_embeddings(queries, gallery)
     if len(right) != len(queries):
         raise ValueError(f"right: {len(right)} rows for {len(queries)} queries")
     if len(queries) and right.counts.min() == 0:

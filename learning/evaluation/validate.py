@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 
+from data_tools.regions.store import RegionStore
 from data_tools.shards import ShardIndex
 from learning.evaluation.embed import embed_images, embed_texts, evaluation_mode, spread
 from learning.evaluation.gallery import Gallery, TextField, gallery_of
@@ -86,6 +87,7 @@ def evaluate_gallery(
     folds: int = 1,
     directions: Sequence[Direction] = DIRECTIONS,
     rerank_by: RerankConfig | None = None,
+    regions: RegionStore | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Embed a split, rank both ways, re-rank where `rerank_by` says how, and count.
@@ -96,6 +98,7 @@ def evaluate_gallery(
     With folds > 1 recalls, ceilings and chances are means over that many parts (COCO's 1K protocol is
     five_folds of its 5K split), each with candidates of its own; the whole is re-ranked too, for
     the examples.
+    regions: read in place of the pictures, by a method that embeds regions; nothing is re-ranked then.
     `advance` is told the images, the texts and the pairs done. Raises ValueError as `gallery_of`,
     `embed_images` and `PairScorer` do.
 
@@ -114,7 +117,14 @@ def evaluate_gallery(
     gallery = gallery_of(index, texts, relevance)
     with evaluation_mode(method):
         images = embed_images(
-            method, index, transform, batch=batch, device=device, max_pixels=max_pixels, advance=advance
+            method,
+            index,
+            transform,
+            batch=batch,
+            device=device,
+            max_pixels=max_pixels,
+            regions=regions,
+            advance=advance,
         )
         asked = embed_texts(
             method,

@@ -1,4 +1,4 @@
-"""Masked modelling: which tokens are asked for and their cross-entropy; masked patches and their L1."""
+"""Masked modelling: words and regions, with their cross-entropy; patches, and their L1."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ from learning.losses.contrastive import widened
 
 
 class Masked(NamedTuple):
-    """The masked tokens of each text, in their order; texts with fewer than k are filled up."""
+    """The masked tokens of each text, or regions of each picture; those with fewer than k are filled up."""
 
     places_bk: Int64[Tensor, "b k"]
     asked_bk: Bool[Tensor, "b k"]  # False: filled up, not masked
-    targets_bk: Int64[Tensor, "b k"]  # the ids that stood there
+    targets_bk: Int64[Tensor, "b k"]  # the ids, or object classes, that stood there
 
 
 def masked_places(plain_bm: Int64[Tensor, "b m"], masked_bm: Int64[Tensor, "b m"], share: float) -> Masked:
@@ -32,6 +32,23 @@ def masked_places(plain_bm: Int64[Tensor, "b m"], masked_bm: Int64[Tensor, "b m"
     differs = (plain_bm != masked_bm).long()
     places = differs.argsort(dim=1, descending=True, stable=True)[:, :most]
     return Masked(places, differs.gather(1, places).bool(), plain_bm.gather(1, places))
+
+
+def masked_regions(
+    classes_br: Int64[Tensor, "b r"], uniform_br: Float[Tensor, "b r"], share: float
+) -> Masked:
+    """The regions to mask: of those with a class, the lowest `uniform_br`; `share`, rounded, at least one.
+
+    A class below 0 is none: such a region is never asked for, so it is not masked either. Shapes depend on r
+    alone.
+    """
+    has_br = classes_br >= 0
+    most = max(1, round(share * classes_br.shape[1]))
+    count_b = has_br.sum(dim=1)
+    asked_b = torch.where(count_b > 0, (share * count_b.double()).round().clamp(min=1), 0)
+    places = uniform_br.masked_fill(~has_br, torch.inf).argsort(dim=1)[:, :most]
+    asked = torch.arange(most, device=places.device) < asked_b[:, None]
+    return Masked(places, asked, classes_br.gather(1, places).clamp(min=0))
 
 
 def rows_at(tokens_bmd: Float[Tensor, "b m d"], places_bk: Int64[Tensor, "b k"]) -> Float[Tensor, "b k d"]:

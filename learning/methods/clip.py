@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from learning.encoders.image_tower import ImageTower
 from learning.encoders.pooling import Pooling, make_pooling
-from learning.encoders.text import TextConfig, TextEncoder
+from learning.encoders.text_towers import TextTower, make_text
 from learning.encoders.towers import VisionTower, make_vision
 from learning.losses.temperature import Temperature, TemperatureConfig
 from learning.methods.base import Batch, ContrastiveMethod, MethodConfig, Terms, Texts, Views
@@ -23,8 +23,10 @@ class Config(MethodConfig):
 
     method: Literal["clip"] = "clip"
     vision: VisionTower
-    text: TextConfig
-    dimension: int = Field(default=512, ge=1, description="of the common space")
+    text: TextTower
+    dimension: int | None = Field(
+        default=512, ge=1, description="of the common space; null: not projected, the towers are equally wide"
+    )
     # Differs from the paper: CLIP pools by attention or [CLS] and [EOS]; here any tower is pooled by one
     # rule.
     pooling: Pooling = "mean"
@@ -36,18 +38,22 @@ class Config(MethodConfig):
 
 
 class Head(nn.Module):
-    """Tokens to a unit-length vector: pooled, then projected without bias."""
+    """Tokens to a unit-length vector: pooled, then projected without bias where there is a projection."""
 
     def __init__(self, config: Config, width: int):
         super().__init__()
         self.pooling = make_pooling(config.pooling)
-        self.projection = nn.Linear(width, config.dimension, bias=False)
+        self.projection: nn.Module = nn.Identity()
+        if config.dimension is not None:
+            self.projection = nn.Linear(width, config.dimension, bias=False)
         self.feature_dropout = config.feature_dropout
 
     def forward(
         self, tokens_bnw: Float[Tensor, "b n w"], mask_bn: Int64[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b d"]:
-        pooled = self.pooling(tokens_bnw.to(self.projection.weight.dtype), mask_bn)
+        if isinstance(self.projection, nn.Linear):
+            tokens_bnw = tokens_bnw.to(self.projection.weight.dtype)
+        pooled = self.pooling(tokens_bnw, mask_bn)
         projected = self.projection(F.dropout(pooled, self.feature_dropout, self.training))
         return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
 
@@ -61,7 +67,12 @@ class Clip(ContrastiveMethod):
         super().__init__(losses)
         self.config = config
         self.vision = make_vision(config.vision)
-        self.text = TextEncoder(config.text, vocabulary_size)
+        self.text = make_text(config.text, vocabulary_size)
+        if config.dimension is None and self.vision.width != self.text.width:
+            raise ValueError(
+                f"model.dimension: null: nothing is projected, but the image tower is {self.vision.width} "
+                f"wide and the text tower {self.text.width}; set model.dimension, or choose equal widths"
+            )
         self.fusion = nn.ModuleDict(
             {"image": Head(config, self.vision.width), "text": Head(config, self.text.width)}
         )

@@ -56,17 +56,13 @@ class Config(MethodConfig):
     )
     temperature: TemperatureConfig = TemperatureConfig(initial=0.05)
     image_view: Literal["plain", "augmented", "randaugment"] = "plain"
-    # Differs from the paper: the positive of Eq. 9-11 is the other encoder's own [CLS]. Then both encoders
-    # gain by moving all of their vectors together away from where the momentum encoders lag behind, and they
-    # collapse within a hundred steps, trained ones too (docs/papers.md). Momentum contrast (He et al. 2020)
-    # has the momentum encoder's, so that the positive lags as the negatives do.
-    positive: Literal["momentum", "online"] = Field(
-        default="momentum",
-        description="whose vector of the other side a query is drawn to: momentum: the momentum encoder's, "
-        "as in MoCo; online: the encoder's, as Eq. 9-11 are written: it collapses",
-    )
     momentum: float = Field(default=0.99, ge=0, lt=1, description="m of Eq. 8")
     queue: int = Field(default=12_288, ge=1, description="features of each side that are kept")
+    positive: Literal["momentum", "online"] = Field(
+        default="momentum",
+        description="what a query's positive is a feature of: the momentum encoder, as its negatives, or the "
+        "encoder that learns",
+    )
     conditioned: bool = Field(
         default=True,
         description="of the other side's complete input the token losses see [CLS] alone (ConMLM, ConMIM); "
@@ -139,7 +135,8 @@ class ConLIP(Method):
 
     def make_heads(self) -> None:
         """As `Method` says: the heads of the token losses, all of their weights random (Sec. 4.1)."""
-        config, made = self.config, {}
+        config = self.config
+        made: dict[str, nn.Module] = {}
         sizes = HeadSizes(
             config.head_layers,
             self.width,
@@ -216,24 +213,26 @@ class ConLIP(Method):
     def _instance(self, name: str, step: "_Step", terms: Terms) -> None:
         """Both directions of Eq. 10, 11 (`dcl`) or of Eq. 9 (`info_nce`), summed as in Eq. 12.
 
-        Momentum features get no gradient: each direction teaches its query's encoder, and with
-        `positive: online` the positive's too.
+        A key gets no gradient, but for a positive of the encoder that learns.
         """
+        # Differs from the paper: as printed, Eq. 9-11 have h of the encoders that learn in the positive. Then
+        # both may run from the queue, all features alike, and DCL falls without bound (seen on the demo).
+        # Sec. 3.3 follows MoCo, whose positive is a key as the negatives are.
         rows = decoupled_rows if name == "dcl" else queued_info_nce_rows
         temperature = self.temperature()
         terms.report["temperature"] = temperature.detach()
         own = {"image": _unit(step.image.tokens[:, 0]), "text": _unit(step.text.tokens[:, 0])}
         taught = self._taught = step.ask_teacher()
-        positives = own
-        if self.config.positive == "momentum":
-            positives = {side: features[step.own_rows] for side, features in taught.features.items()}
         total, hits = temperature.new_zeros(()), temperature.new_zeros(())
         for query, key in (("text", "image"), ("image", "text")):
             # The paper is silent on when features enter the queue: before the loss reads it, in the place of
             # the oldest, so that there are negatives from the first step on, and as many as the queue is
             # long. Those of the query's own sample, or of what shows the same, are no negatives.
             queue = self.queues[key].pushed(taught.features[key], taught.ids)  # type: ignore[operator]
-            found = rows(own[query], positives[key], temperature, queue, step.ids)
+            positive = taught.features[key][step.own_rows]
+            if self.config.positive == "online":
+                positive = own[key]
+            found = rows(own[query], positive, temperature, queue, step.ids)
             total, hits = total + found.losses_b.sum(), hits + found.hits_b.sum()
         loss, hits = sum_over_ranks(torch.stack([total, hits])).div(step.rows).unbind()
         terms.losses[name] = loss

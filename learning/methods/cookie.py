@@ -17,7 +17,7 @@ from learning.encoders.fusion import (
 )
 from learning.encoders.image_tower import ImageTower
 from learning.encoders.pooling import Pooling, make_pooling
-from learning.encoders.text import TextConfig, TextEncoder
+from learning.encoders.text_towers import TextTower, make_text
 from learning.encoders.towers import VisionTower, make_vision
 from learning.losses.temperature import Temperature, TemperatureConfig
 from learning.methods.base import (
@@ -47,7 +47,7 @@ class Config(MethodConfig):
 
     method: Literal["cookie"] = "cookie"
     vision: VisionTower
-    text: TextConfig
+    text: TextTower
     dimension: int = Field(default=1024, ge=1, description="D, of the common space")
     heads: int = Field(default=8, ge=1, description="of TAV-TE and WS-TE")
     intermediate: int = Field(default=1024, ge=1, description="width of their FFN")
@@ -168,7 +168,7 @@ class Cookie(ContrastiveMethod):
         super().__init__(losses)
         self.config = config
         self.vision = make_vision(config.vision)
-        self.text = TextEncoder(config.text, vocabulary_size)
+        self.text = make_text(config.text, vocabulary_size)
         self.fusion = CommonSpace(config, self.vision.width, self.vision.tokens, self.text.width)
         self.temperature = Temperature(config.temperature)
         towers: dict[Side, nn.Module] = {"image": self.vision, "text": self.text}

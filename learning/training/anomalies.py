@@ -157,6 +157,11 @@ def _not_finite(engine: Engine, batch: Batch) -> dict[str, str]:
     """This rank's rows of which an input or an embedding is not finite: key → which."""
     made = {f"image '{name}'": rows for name, rows in batch.images.items()}
     made |= {f"image tokens '{name}'": rows for name, rows in batch.tokens.items()}
+    if batch.regions is not None:
+        made |= {
+            "features of regions": batch.regions.features,
+            "positions of regions": batch.regions.positions,
+        }
     made |= {f"the embedding of {name}": rows for name, rows in engine.embed(batch).items()}
     found: dict[str, str] = {}
     for name, rows in made.items():

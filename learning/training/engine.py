@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from learning.methods.base import Batch, ContrastiveMethod, Method, Terms
+from learning.methods.base import Batch, ContrastiveMethod, EmbedsRegions, Method, Terms
 from learning.training import distributed, grad_cache, watchdog
 from learning.training.checkpoint_files import Writer
 from learning.training.contrast import ContrastConfig
@@ -20,6 +20,7 @@ from learning.training.deepspeed_setup import dtype_of, start, zero_stage
 from learning.training.elastic import ENGINE, LAYOUT, Layout, load
 from learning.training.ema import Ema, EmaConfig, held_weights, set_weights
 from learning.training.rates import OptimizerConfig, parameter_groups
+from learning.training.split_regions import cast_regions
 
 AVERAGES = "ema.pt"
 
@@ -179,6 +180,8 @@ class Engine:
         placed = self._placed(batch)
         self._engine.eval()
         made = {f"image '{name}'": self.method.embed_images(rows) for name, rows in placed.images.items()}
+        if placed.regions is not None and isinstance(self.method, EmbedsRegions):
+            made["regions"] = self.method.embed_regions(placed.regions)
         made |= {f"text '{name}'": self.method.embed_texts(texts) for name, texts in placed.texts.items()}
         self._engine.train()
         return made
@@ -316,6 +319,7 @@ class Engine:
             batch,
             images={name: image.to(self.dtype) for name, image in batch.images.items()},
             tokens={name: tokens.to(self.dtype) for name, tokens in batch.tokens.items()},
+            regions=None if batch.regions is None else cast_regions(batch.regions, self.dtype),
         )
 
     def _loss_scale(self) -> float:

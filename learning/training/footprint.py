@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from learning import methods
-from learning.methods.base import Batch, Method, Texts
+from learning.encoders.positions import POSITION_WIDTH
+from learning.encoders.regions import RegionsConfig
+from learning.methods.base import Batch, Method, Regions, Texts
 from learning.model_files import without_weights
 from learning.training.blocks import recompute_blocks
 
@@ -130,4 +132,14 @@ def _batch(method: Method, values: Mapping[str, Any], samples: int, dtype: torch
         [str(number) for number in range(samples)],
         ids=torch.arange(samples),
         labels={name: torch.ones(samples, dtype=torch.int64) for name in views.labels},
+        label_sets={name: torch.ones(samples, len(each.names)) for name, each in views.label_sets.items()},
+        regions=_regions(config.vision, samples, dtype) if views.regions else None,
+    )
+
+
+def _regions(vision: RegionsConfig, samples: int, dtype: torch.dtype) -> Regions:
+    return Regions(
+        torch.empty(samples, vision.count, vision.width, dtype=dtype),
+        torch.empty(samples, vision.count, POSITION_WIDTH, dtype=dtype),
+        torch.zeros(samples, vision.count, dtype=torch.int64),
     )

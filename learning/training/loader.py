@@ -9,25 +9,27 @@ How they are made ahead of the training is prefetch.py's.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float32, Int64, UInt8
 from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from data_tools.corpus_source import CorpusSource
 from data_tools.pictures import EncodedPicture, PictureError
+from data_tools.regions.store import PictureRegions
 from data_tools.shards import ShardIndex
 from learning.evaluation.gallery import TextField, texts_of
-from learning.methods.base import Batch, MaskedPatches, Views
+from learning.methods.base import Batch, MaskedPatches, Regions, Views
 from learning.tokenizer import Tokenizer
 from learning.training.augment import ImageTransform, Picture
 from learning.training.masking import check_masks, mask_patches
 from learning.training.randomness import MixedShards, Permutation, keyed_generator, stable_hash
-from learning.training.sample_labels import BadRecord, SampleLabels
+from learning.training.sample_labels import BadRecord, SampleLabels, SampleLabelSets
+from learning.training.split_regions import SplitRegions, joined_regions, stacked
 from learning.training.text_views import TextViews
 from learning.training.tower_tokens import TowerTokens
 
@@ -100,6 +102,8 @@ class Rows:
     texts: dict[str, list[Int64[np.ndarray, " _"]]]
     ids: Int64[np.ndarray, " n"]
     labels: dict[str, Int64[np.ndarray, " n"]]
+    label_sets: dict[str, Float32[np.ndarray, "n c"]]
+    regions: Regions | None
     skipped: dict[str, str]
 
 
@@ -112,6 +116,8 @@ class _Sample:
     text: str
     id: int
     labels: dict[str, int]
+    label_sets: dict[str, Float32[np.ndarray, " c"]]
+    regions: PictureRegions | None
 
 
 @dataclass
@@ -172,12 +178,19 @@ class Batches:
         rank: int,
         world_size: int,
         tower: TowerTokens | None = None,
+        regions: SplitRegions | None = None,
     ):
         """`max_length` in tokens. `tower`: what the frozen image tower gives, for `data.cache: tokens`.
+        `regions`: those of the split's pictures, where `views` asks for them.
 
-        Raises ValueError when the batch does not divide by `world_size`, and for views and labels that the
-        pictures or the corpus do not have.
+        Raises ValueError when the batch does not divide by `world_size`, for views and labels that the
+        pictures or the corpus do not have, and where more samples lack regions than data.max_bad_share says.
         """
+        if views.regions and regions is None:
+            raise ValueError("inputs.regions: missing; the method reads regions: name a regions stage")
+        self.regions = regions if views.regions else None
+        if self.regions is not None:
+            self.regions.check(int(config.max_bad_share * len(index)))
         if config.cache == "tokens" and tower is None:
             raise ValueError(
                 "data.cache: tokens needs an image tower that never learns; "
@@ -192,6 +205,7 @@ class Batches:
         check_masks(views, transform.image_px)
         index.reads(config.mix_shards)
         self._labels = SampleLabels(index, views.labels, config.positives)
+        self._label_sets = SampleLabelSets(index, views.label_sets)
         self.index, self.tokenizer, self.transform, self.views = index, tokenizer, transform, views
         self.config, self.seed, self.max_length = config, seed, max_length
         self.contrastive_batch, self.rank, self.world_size = contrastive_batch, rank, world_size
@@ -252,6 +266,10 @@ class Batches:
             self._token_ids(epoch, keys, [sample.text for sample in samples]),
             np.array([sample.id for sample in samples], np.int64),
             {name: np.array([s.labels[name] for s in samples], np.int64) for name in self.views.labels},
+            {name: np.array([s.label_sets[name] for s in samples]) for name in self.views.label_sets},
+            stacked([s.regions for s in samples if s.regions is not None])
+            if self.regions and samples
+            else None,
             skipped,
         )
 
@@ -280,6 +298,11 @@ class Batches:
                 name: torch.from_numpy(np.concatenate([part.labels[name] for part in rows]))
                 for name in self.views.labels
             },
+            label_sets={
+                name: torch.from_numpy(np.concatenate([part.label_sets[name] for part in rows]))
+                for name in self.views.label_sets
+            },
+            regions=joined_regions([part.regions for part in rows if part.regions is not None]),
             draw=stable_hash(self.seed, "draw", rows[0].step),
         )
         return Loaded(batch, skipped)
@@ -311,8 +334,16 @@ class Batches:
 
     def _sample(self, epoch: int, position: int, key: str) -> _Sample:
         labels = self._labels.numbers(position)  # first: it costs least
+        regions = None if self.regions is None else self._regions(self.regions, position)
+        sets = self._label_sets.row(position, lambda: self._record(position, key))
         images, text = self._images(epoch, position, key), self._text(epoch, position, key)
-        return _Sample(key, images, text, self._labels.id(position), labels)
+        return _Sample(key, images, text, self._labels.id(position), labels, sets, regions)
+
+    def _regions(self, regions: SplitRegions, position: int) -> PictureRegions:
+        try:
+            return regions.row(position)
+        except ValueError as error:
+            raise BadRecord(str(error)) from error
 
     def _images(self, epoch: int, position: int, key: str) -> dict[str, Tensor]:
         """By view: pixels, or the frozen tower's tokens (`_by_tower`)."""
@@ -368,15 +399,21 @@ class Batches:
         return chosen[int(torch.randint(len(chosen), (), generator=generator))]
 
     def _fields(self, position: int, key: str) -> list[list[str]]:
-        where = f"{self.index.where(position)}, key {key}"
+        where, record = f"{self.index.where(position)}, key {key}", self._record(position, key)
         try:
-            record = self.index.record(position)
             fields = [texts for name in self.config.texts if (texts := texts_of(record, name))]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise BadRecord(f"{where}: its record cannot be read: {error}") from error
         if not fields:
             raise BadRecord(f"{where}: it has no text in {', '.join(self.config.texts)}")
         return fields
+
+    def _record(self, position: int, key: str) -> dict[str, Any]:
+        try:
+            return self.index.record(position)
+        except ValueError as error:
+            where = f"{self.index.where(position)}, key {key}"
+            raise BadRecord(f"{where}: its record cannot be read: {error}") from error
 
 
 def _shrunk(picture: EncodedPicture, image_px: int) -> UInt8[Tensor, "3 h w"]:
