@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline import report_data as data
+from pipeline import report_evaluation as found
 from pipeline.results import RunView
 from pipeline.run_directory import RunDirectory
 from stages.base import StageError
@@ -62,9 +63,9 @@ def context(run: RunView) -> dict[str, Any]:
         "crawls": [data.crawl_section(stage) for kind in ("crawl", "clean") for stage in of_kind[kind]],
         "corpora": [data.corpus_section(stage) for stage in of_kind["shard"]],
         "trainings": [data.training_section(s) for s in run.stages if s.kind in data.TRAINING_KINDS],
-        "evaluations": [data.evaluation_section(s) for s in run.stages if s.kind == "evaluate"],
-        "cls_attention": [heads for s in run.stages if (heads := data.cls_attention_section(s))],
-        "attention": [section for s in run.stages if (section := data.attention_section(s))],
+        "evaluations": [found.evaluation_section(s) for s in run.stages if s.kind == "evaluate"],
+        "cls_attention": [heads for s in run.stages if (heads := found.cls_attention_section(s))],
+        "attention": [section for s in run.stages if (section := found.attention_section(s))],
     }
 
 

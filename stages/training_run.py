@@ -5,7 +5,6 @@ import gc
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from data_tools.shards import ShardIndex
 from learning import methods, model_files
-from learning.encoders.image_tower import with_fitted_towers
 from learning.encoders.text_towers import load_word_vectors
 from learning.evaluation.gallery import texts_of
 from learning.methods.base import Method, MethodConfig
@@ -34,6 +32,7 @@ from learning.training.watchdog import FIRST_STEP_FACTOR, Watchdog
 from stages.base import Job, Report, StageError, Stopped, Task
 from stages.judged import judge, open_regions
 from stages.training import TrainingConfig
+from stages.upstream import absolute_weights, load_heads, load_upstream
 
 logger = logging.getLogger(__name__)
 
@@ -361,71 +360,3 @@ def preparation(config: MethodConfig) -> tuple[ImageTransform, int]:
     towers: Any = config  # every method's own Config has `vision` and `text`
     vision = towers.vision
     return ImageTransform(vision.image_px, vision.mean, vision.std), int(towers.text.max_length)
-
-
-def load_upstream(
-    method: Method,
-    state: Mapping[str, Tensor],
-    new_parts: tuple[str, ...],
-    dropped_parts: tuple[str, ...],
-    source: Path,
-) -> None:
-    """Start `method` from upstream weights, of another `image_px` where the image tower can be fitted.
-
-    Raises ValueError that names every key that does not fit.
-    """
-    own = method.state_dict()
-    state = with_fitted_towers(method, state)
-    missing = sorted(name for name in set(own) - set(state) if not name.startswith(new_parts or ("\0",)))
-    extra = sorted(name for name in set(state) - set(own) if not name.startswith(dropped_parts or ("\0",)))
-    shapes = sorted(
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in set(own) & set(state)
-        if own[name].shape != state[name].shape
-    )
-    problems = [
-        f"{what}: {', '.join(names)}{remedy}"
-        for what, names, remedy in (
-            ("missing", missing, " (name their beginnings in new_parts to start them from scratch)"),
-            ("unexpected", extra, " (name their beginnings in dropped_parts to leave them out)"),
-            ("of another shape", shapes, ""),
-        )
-        if names
-    ]
-    if problems:
-        raise ValueError(f"inputs.weights: {source} does not fit this model; {'; '.join(problems)}")
-    method.load_state_dict({name: state.get(name, value) for name, value in own.items()})
-
-
-def load_heads(method: Method, heads: Mapping[str, Tensor], source: Path) -> None:
-    """Go on with upstream's training heads, those of them that `method` has; others start from scratch.
-
-    Raises ValueError for heads of other sizes.
-    """
-    own = method.state_dict()
-    found = {name: value for name, value in heads.items() if name in own}
-    shapes = [
-        f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
-        for name, value in found.items()
-        if value.shape != own[name].shape
-    ]
-    if shapes:
-        raise ValueError(
-            f"inputs.weights: {source}: {model_files.HEADS} does not fit this model; of another shape: "
-            f"{', '.join(shapes)}"
-        )
-    if found:
-        logger.info("the training heads go on from %s: %d tensors", source, len(found))
-    method.load_state_dict(found, strict=False)
-
-
-def absolute_weights(values: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """A model config in which every `weights`, at any depth, is relative to `directory` no more."""
-    return {
-        key: str(directory / value)
-        if key == "weights" and value is not None
-        else absolute_weights(value, directory)
-        if isinstance(value, Mapping)
-        else value
-        for key, value in values.items()
-    }

@@ -27,7 +27,7 @@ from learning.training.footprint import footprint
 from learning.training.rates import OptimizerConfig, parameter_groups
 from pipeline.recipe import load
 from stages.base import StageError
-from stages.training_run import load_upstream
+from stages.upstream import load_upstream
 from tests import cookie_case, tiny_model
 from tests.training_case import CONFIGS
 

@@ -18,7 +18,7 @@ from stages.base import Stopped
 from stages.finetune import Config as FinetuneConfig
 from stages.finetune import run as run_finetune
 from stages.pretrain import Config, run
-from stages.training_run import load_upstream
+from stages.upstream import load_upstream
 from tests import r2d2_case, tiny_model
 from tests.distributed_harness import run_distributed
 from tests.r2d2_case import CNN, EQ_8, MODEL, PX, build, momentum

@@ -19,7 +19,7 @@ from learning.training.loader import Batches
 from stages.base import StageError
 from stages.finetune import Config as FinetuneConfig
 from stages.pretrain import Config, run
-from stages.training_run import absolute_weights, load_upstream
+from stages.upstream import absolute_weights, load_upstream
 from tests.training_case import (
     CONFIGS,
     MODEL,
