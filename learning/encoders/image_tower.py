@@ -95,11 +95,14 @@ class ImageTower(Layered):
 
     def patch_grid(self) -> PatchGrid:
         """How the tokens lie. Raises ValueError for a tower that does not embed patches one by one."""
-        raise ValueError(f"model.vision: a {type(self).__name__} has no patches; choose a ViT")
+        raise self._without_patches()
 
     def _patch_embedding(self) -> nn.Module:
-        """What gives the patches' embeddings, (b, p, v) or (b, side, side, v); only with a `patch_grid`."""
-        raise NotImplementedError
+        """What gives the patches' embeddings, (b, p, v) or (b, side, side, v). Raises ValueError likewise."""
+        raise self._without_patches()
+
+    def _without_patches(self) -> ValueError:
+        return ValueError(f"model.vision: a {type(self).__name__} has no patches; choose a ViT")
 
     def _changed(self, found: Tensor, hide: Callable[[Tensor], Tensor]) -> Tensor:
         """What `hide` makes of what `_patch_embedding` gives, in the same layout."""

@@ -107,6 +107,37 @@ def embed_texts(
     return spread(len(texts), batch, block, advance)
 
 
+def embed_both(
+    method: Method,
+    tokenizer: Tokenizer,
+    transform: ImageTransform,
+    index: ShardIndex,
+    texts: Sequence[str],
+    *,
+    batch: int,
+    device: torch.device,
+    max_length: int,
+    max_pixels: int,
+    regions: RegionStore | None = None,
+    advance: Advance | None = None,
+) -> tuple[Float32[np.ndarray, "n d"], Float32[np.ndarray, "t d"]]:
+    """Embeddings of all images of an index, as `embed_images`, and of texts, as `embed_texts`."""
+    images = embed_images(
+        method,
+        index,
+        transform,
+        batch=batch,
+        device=device,
+        max_pixels=max_pixels,
+        regions=regions,
+        advance=advance,
+    )
+    asked = embed_texts(
+        method, tokenizer, texts, max_length=max_length, batch=batch, device=device, advance=advance
+    )
+    return images, asked
+
+
 @torch.no_grad()
 def spread(
     count: int,

@@ -12,7 +12,7 @@ from jaxtyping import Float32
 
 from data_tools.regions.store import RegionStore
 from data_tools.shards import ShardIndex
-from learning.evaluation.embed import embed_images, embed_texts, evaluation_mode, spread
+from learning.evaluation.embed import embed_both, evaluation_mode, spread
 from learning.evaluation.gallery import Gallery, TextField, gallery_of
 from learning.evaluation.label_metrics import (
     Gain,
@@ -88,23 +88,17 @@ def evaluate_labels(
     labels = split_labels(index, label_set)
     parts = gallery.folds(folds) if folds > 1 else []
     with evaluation_mode(method):
-        images = embed_images(
-            method,
-            index,
-            transform,
-            batch=batch,
-            device=device,
-            max_pixels=max_pixels,
-            regions=regions,
-            advance=advance,
-        )
-        asked = embed_texts(
+        images, asked = embed_both(
             method,
             tokenizer,
+            transform,
+            index,
             gallery.texts,
-            max_length=max_length,
             batch=batch,
             device=device,
+            max_length=max_length,
+            max_pixels=max_pixels,
+            regions=regions,
             advance=advance,
         )
     how = (labels, directions, gain, cut, device)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from sklearn.metrics import roc_auc_score
 
 from data_tools.shards import ShardIndex
-from learning.evaluation.embed import embed_images, embed_texts, evaluation_mode
+from learning.evaluation.embed import embed_both, evaluation_mode
 from learning.evaluation.gallery import TextField, texts_of
 from learning.evaluation.pairs import PairScorer
 from learning.evaluation.retrieval import cosines
@@ -71,16 +71,16 @@ def evaluate_matching(
             scorer = PairScorer(method, tokenizer, transform, index, batch, device, max_length, max_pixels)
             scores = scorer(everyone, everyone, asked, advance)
         else:
-            images = embed_images(
-                method, index, transform, batch=batch, device=device, max_pixels=max_pixels, advance=advance
-            )
-            read = embed_texts(
+            images, read = embed_both(
                 method,
                 tokenizer,
+                transform,
+                index,
                 asked,
-                max_length=max_length,
                 batch=batch,
                 device=device,
+                max_length=max_length,
+                max_pixels=max_pixels,
                 advance=advance,
             )
             scores = cosines(images, read)

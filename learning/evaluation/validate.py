@@ -12,7 +12,7 @@ from jaxtyping import Float32, Int64
 
 from data_tools.regions.store import RegionStore
 from data_tools.shards import ShardIndex
-from learning.evaluation.embed import embed_images, embed_texts, evaluation_mode, spread
+from learning.evaluation.embed import embed_both, evaluation_mode, spread
 from learning.evaluation.gallery import Gallery, TextField, gallery_of
 from learning.evaluation.metrics import DIRECTIONS, Direction, chances, mean_of, recalls
 from learning.evaluation.pairs import PairScorer
@@ -116,23 +116,17 @@ def evaluate_gallery(
         )
     gallery = gallery_of(index, texts, relevance)
     with evaluation_mode(method):
-        images = embed_images(
-            method,
-            index,
-            transform,
-            batch=batch,
-            device=device,
-            max_pixels=max_pixels,
-            regions=regions,
-            advance=advance,
-        )
-        asked = embed_texts(
+        images, asked = embed_both(
             method,
             tokenizer,
+            transform,
+            index,
             gallery.texts,
-            max_length=max_length,
             batch=batch,
             device=device,
+            max_length=max_length,
+            max_pixels=max_pixels,
+            regions=regions,
             advance=advance,
         )
         parts = [_sides(gallery, images, asked, directions, device)]
