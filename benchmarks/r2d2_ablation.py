@@ -97,8 +97,14 @@ def main() -> None:
         corpus = folder.out_of(data_name(TABLE_3.recipe), "shard")
         folder = Folder(folder.path / f"shuffled_{options.shuffled}")
         corpus = shuffled(corpus, folder.path / "corpus", options.shuffled)
-        rows = ("r2d2", "wo_tgd")
-        ablation = Placed(TABLE_3.recipe, TABLE_3.rows, rows, TABLE_3.shown, TABLE_3.always, corpus)
+        ablation = Placed(
+            TABLE_3.recipe,
+            TABLE_3.rows,
+            ("r2d2", "wo_tgd"),
+            TABLE_3.shown,
+            TABLE_3.always,
+            corpus=corpus,
+        )
     rows = options.rows or ablation.table
     found = run_rows(folder, ablation, rows, options.seeds, options.epochs)
     print_table(found, rows, options.seeds, ablation.shown)
